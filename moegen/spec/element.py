@@ -1,0 +1,178 @@
+"""Elements: the typed pieces of a spec. One class is one section of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import PydanticCustomError, core_schema
+
+Path = tuple[str | int, ...]
+
+
+class Broken(ValueError):
+    """Rules between fields that a section breaks: (path below the section, sentence) pairs."""
+
+    def __init__(self, problems: list[tuple[Path, str]]) -> None:
+        """Keep the problems; the loader turns each into a message with its own line."""
+        super().__init__("; ".join(sentence for _, sentence in problems))
+        self.problems = problems
+
+
+class Element(BaseModel):
+    """A section of a spec: fields, rules between them, and (in `arch`) what it computes.
+
+    `shorthand` names the field that a bare value stands for: `experts: 8` is
+    `experts: {count: 8}` where the shorthand is "count".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    shorthand: ClassVar[str | None] = None
+
+    def rules(self) -> Iterator[tuple[Path, str]]:
+        """Yield (path of the field to blame, sentence) for each broken rule between fields."""
+        yield from ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        if cls.shorthand and not isinstance(value, (dict, BaseModel)):
+            return {cls.shorthand: value}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Element:
+        problems = list(self.rules())
+        if problems:
+            raise Broken(problems)
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        full = handler(schema)
+        if cls.shorthand is None:
+            return full
+        field = handler.resolve_ref_schema(full).get("properties", {}).get(cls.shorthand, {})
+        short = {key: field[key] for key in _TYPE_KEYS & field.keys()}
+        return {"anyOf": [full, short]} if short else full
+
+
+_TYPE_KEYS = {"type", "anyOf", "minimum", "exclusiveMinimum", "maximum", "enum", "$ref"}
+
+
+class Kinds(Element):
+    """A family of elements told apart by the key `kind`.
+
+    A direct subclass of Kinds is the abstract family; a subclass of that with
+    `kind: Literal["name"] = "name"` is final and registers itself. Two members of one name
+    are an error.
+    """
+
+    members: ClassVar[dict[str, type[Kinds]]]
+    default_kind: ClassVar[str | None] = None
+    kind: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Open a family, or enter a member into its family."""
+        super().__pydantic_init_subclass__(**kwargs)
+        if Kinds in cls.__bases__:
+            cls.members = {}
+            return
+        kind = cls.model_fields["kind"].default
+        if not isinstance(kind, str):  # an intermediate base, not a member
+            return
+        known = cls.members.get(kind)
+        if known is not None and known.__module__ != cls.__module__:
+            places = f"{known.__module__} and {cls.__module__}"
+            raise ValueError(f"{cls.family()} {kind!r} is defined twice: in {places}")
+        cls.members[kind] = cls
+
+    @classmethod
+    def family(cls) -> str:
+        """The family's name as users read it."""
+        base = next(c for c in cls.__mro__ if Kinds in c.__bases__)
+        return "".join(f" {c.lower()}" if c.isupper() else c for c in base.__name__).strip()
+
+
+Family = TypeVar("Family", bound=Kinds)
+
+
+class OneOf:
+    """Marks a field as one member of a family, looked up when the spec is read.
+
+    So that members from plugins count: `Annotated[Score, OneOf(Score)]`. A bare string names
+    the kind; a bare number is the default kind's shorthand; "none" is no member at all.
+    """
+
+    def __init__(self, family: type[Kinds], *, optional: bool = False) -> None:
+        """Remember the family, and whether the part may be absent."""
+        self.family = family
+        self.optional = optional
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: value.model_dump() if isinstance(value, BaseModel) else value
+            ),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> JsonSchemaValue:
+        members: list[JsonSchemaValue] = []
+        for name, member in sorted(self.family.members.items()):
+            inner = handler(member.__pydantic_core_schema__)
+            members += [{"const": name}, inner]
+        if self.optional:
+            members += [{"const": "none"}, {"type": "null"}]
+        default = self.family.members.get(self.family.default_kind or "")
+        if default is not None and default.shorthand:
+            members.append({"type": "number"})
+        return {"anyOf": members}
+
+    def _validate(self, value: Any) -> Any:
+        if isinstance(value, self.family):
+            return value
+        if value is None or value == "none":
+            if self.optional:
+                return None
+            raise PydanticCustomError("missing_part", "a {family} is needed here", self._family())
+        if isinstance(value, str):
+            value = {"kind": value}
+        elif not isinstance(value, dict):
+            value = self._from_bare(value)
+        kind = value.get("kind", self.family.default_kind)
+        member = self.family.members.get(kind) if isinstance(kind, str) else None
+        if member is None:
+            known = {**self._family(), "kind": str(kind), "known": sorted(self.family.members)}
+            raise PydanticCustomError("unknown_kind", "no {family} is called '{kind}'", known)
+        return member.model_validate({**value, "kind": kind})
+
+    def _from_bare(self, value: Any) -> dict[str, Any]:
+        default = self.family.members.get(self.family.default_kind or "")
+        if default is None or default.shorthand is None or isinstance(value, (list, bool)):
+            raise PydanticCustomError(
+                "bad_part", "a {family} is a name or a mapping", self._family()
+            )
+        return {"kind": self.family.default_kind, default.shorthand: value}
+
+    def _family(self) -> dict[str, Any]:
+        return {"family": self.family.family()}
+
+
+def one_of(family: Any, *, optional: bool = False) -> Any:
+    """The type of a field that holds one member of a family."""
+    inner = family | None if optional else family
+    return Annotated[inner, OneOf(family, optional=optional)]
+
+
+def fields(element: type[Element]) -> dict[str, Any]:
+    """Field names of an element with the element classes they lead to, for hints."""
+    return {
+        name: next((t for t in (info.annotation, *get_args(info.annotation)) if t), None)
+        for name, info in element.model_fields.items()
+    }
