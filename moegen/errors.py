@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 MOST = 20  # problems in one report
 WIDTH = 100  # characters of a source line that are shown
+SENTENCE = 1000  # characters of a message
 _BEFORE = 60  # of these, how many may stand before the column
 
 _PLAIN_KEY = re.compile(r"[\w-]{1,40}")
@@ -101,6 +102,7 @@ def _one(problem: Problem) -> str:
     mark = problem.mark
     place = f"{visible(mark.file)}:{mark.line}:{mark.column}: " if mark else ""
     sentence = problem.message + (f"; {problem.hint}" if problem.hint else "")
+    sentence = sentence if len(sentence) <= SENTENCE else f"{sentence[:SENTENCE]}..."
     lines = [f"{place}error: {visible(sentence)}"]
     if problem.note:
         lines += [f"  {visible(line)}" for line in problem.note.splitlines()]
@@ -132,7 +134,7 @@ def _columns(text: str) -> int:
     """Columns of a terminal that the text takes."""
     if text.isascii():
         return len(text)
-    return sum(0 if unicodedata.combining(c) else 1 + (_wide(c)) for c in text)
+    return sum(0 if unicodedata.combining(c) else 1 + _wide(c) for c in text)
 
 
 def _wide(character: str) -> bool:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
+
+FAMILY = "x-moegen-family"  # in a JSON Schema: any member of this family
 
 Path = tuple[str | int, ...]
 
@@ -21,11 +29,30 @@ class Broken(ValueError):
         self.problems = problems
 
 
+# Where schemas hold schemas. Keys of mappings are always text in a spec, so they stay lax.
+_TABLES = {"fields", "choices"}
+_PARTS = {"schema", "items_schema", "values_schema", "steps", *_TABLES}
+
+
+def _exact(schema: Any) -> None:
+    """Make numbers and booleans of a schema strict; all of strict mode would refuse lists too."""
+    if isinstance(schema, (list, tuple)):
+        for part in schema:
+            _exact(part)
+    elif isinstance(schema, dict):
+        if schema.get("type") in ("int", "float", "bool"):
+            schema.setdefault("strict", True)
+        for key in _PARTS & schema.keys():
+            inner = schema[key]
+            _exact(list(inner.values()) if key in _TABLES and isinstance(inner, dict) else inner)
+
+
 class Element(BaseModel):
     """A section of a spec: fields, rules between them, and (in `arch`) what it computes.
 
     `shorthand` names the field that a bare value stands for: `experts: 8` is
-    `experts: {count: 8}` where the shorthand is "count".
+    `experts: {count: 8}` where the shorthand is "count". Numbers and booleans are taken as they
+    are: the text '8' is no number, 8.0 is no whole number, and yes is not true.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
@@ -50,18 +77,31 @@ class Element(BaseModel):
         return self
 
     @classmethod
-    def __get_pydantic_json_schema__(
+    def __get_pydantic_core_schema__(  # noqa: D105
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        schema = handler(source)
+        _exact(handler.resolve_ref_schema(schema))
+        return schema
+
+    @classmethod
+    def __get_pydantic_json_schema__(  # noqa: D105
         cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         full = handler(schema)
-        if cls.shorthand is None:
-            return full
+        if cls.shorthand is None or issubclass(cls, Kinds):
+            return full  # a family has the short form of its default kind, see `schema`
         field = handler.resolve_ref_schema(full).get("properties", {}).get(cls.shorthand, {})
-        short = {key: field[key] for key in _TYPE_KEYS & field.keys()}
+        short = short_form(field)
         return {"anyOf": [full, short]} if short else full
 
 
-_TYPE_KEYS = {"type", "anyOf", "minimum", "exclusiveMinimum", "maximum", "enum", "$ref"}
+def short_form(field: JsonSchemaValue) -> JsonSchemaValue:
+    """The JSON Schema of a bare value that stands for an element, from that of its field."""
+    return {key: field[key] for key in _TYPE_KEYS & field.keys()}
+
+
+_TYPE_KEYS = {"type", "anyOf", "minimum", "exclusiveMinimum", "maximum", "enum", "const", "$ref"}
 
 
 class Kinds(Element):
@@ -99,7 +139,9 @@ class Kinds(Element):
         return "".join(f" {c.lower()}" if c.isupper() else c for c in base.__name__).strip()
 
 
-Family = TypeVar("Family", bound=Kinds)
+def family_key(family: type[Kinds]) -> str:
+    """The family as a JSON Schema refers to it before its definitions are there."""
+    return f"{family.__module__}.{family.__qualname__}"
 
 
 class OneOf:
@@ -114,7 +156,9 @@ class OneOf:
         self.family = family
         self.optional = optional
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+    def __get_pydantic_core_schema__(  # noqa: D105
+        self, source: Any, handler: Any
+    ) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
             self._validate,
             serialization=core_schema.plain_serializer_function_ser_schema(
@@ -122,17 +166,13 @@ class OneOf:
             ),
         )
 
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> JsonSchemaValue:
-        members: list[JsonSchemaValue] = []
-        for name, member in sorted(self.family.members.items()):
-            inner = handler(member.__pydantic_core_schema__)
-            members += [{"const": name}, inner]
-        if self.optional:
-            members += [{"const": "none"}, {"type": "null"}]
-        default = self.family.members.get(self.family.default_kind or "")
-        if default is not None and default.shorthand:
-            members.append({"type": "number"})
-        return {"anyOf": members}
+    def __get_pydantic_json_schema__(  # noqa: D105
+        self, schema: Any, handler: Any
+    ) -> JsonSchemaValue:
+        # A part may hold another of its own family, so members are not written out here:
+        # `schema` gives each family one definition and points to it.
+        inner: JsonSchemaValue = {FAMILY: family_key(self.family)}
+        return {"anyOf": [inner, {"const": "none"}, {"type": "null"}]} if self.optional else inner
 
     def _validate(self, value: Any) -> Any:
         if isinstance(value, self.family):
@@ -168,11 +208,3 @@ def one_of(family: Any, *, optional: bool = False) -> Any:
     """The type of a field that holds one member of a family."""
     inner = family | None if optional else family
     return Annotated[inner, OneOf(family, optional=optional)]
-
-
-def fields(element: type[Element]) -> dict[str, Any]:
-    """Field names of an element with the element classes they lead to, for hints."""
-    return {
-        name: next((t for t in (info.annotation, *get_args(info.annotation)) if t), None)
-        for name, info in element.model_fields.items()
-    }
