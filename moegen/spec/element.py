@@ -98,7 +98,7 @@ class Element(BaseModel):
 
 def short_form(field: JsonSchemaValue) -> JsonSchemaValue:
     """The JSON Schema of a bare value that stands for an element, from that of its field."""
-    return {key: field[key] for key in _TYPE_KEYS & field.keys()}
+    return {key: value for key, value in field.items() if key in _TYPE_KEYS}
 
 
 _TYPE_KEYS = {"type", "anyOf", "minimum", "exclusiveMinimum", "maximum", "enum", "const", "$ref"}

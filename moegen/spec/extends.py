@@ -100,15 +100,15 @@ def _bytes(name: str, asked: Mark | None) -> bytes:
     path = (KEY,) if asked else ()
     try:
         if not File(name).exists():
-            message = f"no file {show(name)}"
+            message = f"no file {name!r}"
             raise SpecError(Problem(message, asked, path, _nearby(name)))
         if not File(name).is_file():
-            raise SpecError(Problem(f"{show(name)} is not a file", asked, path))
+            raise SpecError(Problem(f"{name!r} is not a file", asked, path))
         with open(name, "rb") as file:
             return file.read(BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        message = f"{show(name)} cannot be read: {reason}"
+        message = f"{name!r} cannot be read: {reason}"
         raise SpecError(Problem(message, asked, path)) from None
 
 

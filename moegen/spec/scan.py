@@ -14,7 +14,7 @@ from moegen.errors import Mark, Problem, SpecError
 # Real specs have some kilobytes and hundreds of values; this much still reads within a second.
 BYTES = 1 << 18
 DEPTH = 64
-NODES = 20_000
+NODES = 10_000
 
 # Beyond what YAML forbids: odd line breaks, and the marks that reorder text on a screen.
 FORBIDDEN = re.compile(

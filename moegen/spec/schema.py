@@ -25,11 +25,14 @@ def json_schema(root: type[Element]) -> Schema:
     for family in families:
         members = {kind: refs[member, "validation"] for kind, member in family.members.items()}
         definitions[names[family_key(family)]] = _family(family, members, definitions)
+    top = _top(definitions, refs[root, "validation"])
+    if refs[root, "validation"] not in _refs(definitions):
+        del definitions[_name(refs[root, "validation"])]
     return {
         "$schema": DIALECT,
         "title": root.__name__,
         **_described(root),
-        **_pointed(_top(definitions, refs[root, "validation"]), names),
+        **_pointed(top, names),
         "$defs": {name: _pointed(definitions[name], names) for name in sorted(definitions)},
     }
 
@@ -80,6 +83,13 @@ def _top(definitions: Schema, ref: Schema) -> Schema:
         "anyOf": [file, {"type": "array", "items": file}],
     }
     return {**body, "properties": {KEY: extends, **body.get("properties", {})}}
+
+
+def _refs(body: Any) -> list[Schema]:
+    """Every reference in a schema."""
+    parts = body.values() if isinstance(body, dict) else body if isinstance(body, list) else ()
+    found = [ref for part in parts for ref in _refs(part)]
+    return [{"$ref": body["$ref"]}, *found] if isinstance(body, dict) and "$ref" in body else found
 
 
 def _name(ref: Schema) -> str:
