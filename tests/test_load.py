@@ -57,6 +57,15 @@ class Attention(Element):
     rope: Rope = Rope()
 
 
+class Part(Kinds):
+    """A family without a default: a key names the kind."""
+
+
+class Small(Part):
+    kind: Literal["small"] = "small"
+    weight: float = Field(1.0, gt=0, le=8.0)
+
+
 class Moe(Element):
     experts: Experts
     top_k: int = Field(2, gt=0)
@@ -67,6 +76,7 @@ class Moe(Element):
     overrides: dict[int, Experts] = {}
     capacity: float | Literal["none"] = "none"
     normalize: bool = False
+    parts: dict[str, one_of(Part)] = {}
     mode: Literal["train", "prefill", "decode"] = "train"
 
     def rules(self) -> Iterator[tuple[Path, str]]:
@@ -159,6 +169,9 @@ def test_the_exact_report():
         ("{experts: 8, zzz: 1}", "the keys here are capacity, experts, layers, mode, noise"),
         ("{experts: 8, overrides: {x: 4}}", "a key of moe.overrides must be a whole number"),
         ("{experts: 8, overrides: {'3': {count: 0}}}", "model.moe.overrides.3.count"),
+        ("{experts: 8, parts: {x: {kind: smal}}}", "did you mean 'small'?"),
+        ("{experts: 8, parts: {x: {kind: small, wieght: 1}}}", "did you mean 'weight'?"),
+        ("{experts: 8, parts: {x: {kind: small, weight: 9}}}", "a number above 0 and at most 8"),
         ("7", "model.moe must be a section, not 7"),
         ("null", "model.moe must be a section, not null"),
     ],

@@ -30,9 +30,4 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else "'")
 
 
-def _number(dumper: yaml.SafeDumper, number: float) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(number))
-
-
 _Dumper.add_representer(str, _text)
-_Dumper.add_representer(float, _number)

@@ -64,13 +64,13 @@ class Element(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand(cls, value: Any) -> Any:
+    def _from_short_form(cls, value: Any) -> Any:
         if cls.shorthand and not isinstance(value, (dict, BaseModel)):
             return {cls.shorthand: value}
         return value
 
     @model_validator(mode="after")
-    def _check(self) -> Element:
+    def _obey_rules(self) -> Element:
         problems = list(self.rules())
         if problems:
             raise Broken(problems)

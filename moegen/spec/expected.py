@@ -98,7 +98,7 @@ def _limits(kind: Any, limits: Iterable[Any]) -> str:
     if kind is str:
         return _lengths("characters", limits)
     bounds = {
-        name: getattr(one, name)
+        name: _round(getattr(one, name))
         for one in limits
         for name in ("ge", "gt", "le", "lt", "multiple_of")
         if getattr(one, name, None) is not None
@@ -110,7 +110,11 @@ def _limits(kind: Any, limits: Iterable[Any]) -> str:
     phrases = [("ge", "of at least"), ("gt", "above"), ("le", "of at most"), ("lt", "below")]
     phrases.append(("multiple_of", "divisible by"))
     parts = [f"{phrase} {bounds[name]}" for name, phrase in phrases if name in bounds]
-    return f" {' and '.join(parts)}" if parts else ""
+    return f" {' and '.join(parts)}".replace(" and of ", " and ") if parts else ""
+
+
+def _round(bound: Any) -> Any:
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound
 
 
 def _lengths(what: str, limits: Iterable[Any]) -> str:

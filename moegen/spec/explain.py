@@ -108,7 +108,7 @@ class _Explainer:
         message, hint = self.meant(section, str(key))
         return Problem(message, case.mark, case.place.path, hint)
 
-    def meant(self, section: Place, key: str) -> tuple[str, str]:
+    def meant(self, section: Place, key: str) -> tuple[str, str | None]:
         """The message for an unknown key, and what it is likely to mean."""
         message = f"unknown key {show(key)}"
         known = {name for element in section.elements() for name in element.model_fields}
@@ -128,7 +128,7 @@ class _Explainer:
         if best := nearest(key, known):
             self.suggested.add((*section.path, best))
             return message, f"did you mean {best!r}?"
-        return message, f"the keys here are {listed(sorted(known), 'and')}"
+        return message, f"the keys here are {listed(sorted(known), 'and')}" if known else None
 
     def missing(self, case: _Case) -> list[Problem]:
         *above, key = case.place.path

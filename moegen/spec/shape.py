@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import GroupedMetadata
@@ -19,11 +19,12 @@ class Slot:
 
     type: Any
     limits: tuple[Any, ...] = ()
+    key: str = ""  # in a table, which may name the kind of what it holds
 
     def elements(self, value: Any) -> tuple[type[Element], ...]:
         """The element classes that a value in this slot may be meant as."""
         if isinstance(self.type, OneOf):
-            return _member(self.type.family, value)
+            return _member(self.type.family, value, self.key)
         if isinstance(self.type, type) and issubclass(self.type, Element):
             return (self.type,)
         return ()
@@ -114,8 +115,8 @@ def _limits(metadata: Any) -> Iterator[Any]:
             yield one
 
 
-def _member(family: type[Kinds], value: Any) -> tuple[type[Element], ...]:
-    kind = value if isinstance(value, str) else family.default_kind
+def _member(family: type[Kinds], value: Any, key: str) -> tuple[type[Element], ...]:
+    kind = value if isinstance(value, str) else family.default_kind or key
     if isinstance(value, dict):
         kind = value.get("kind", kind)
     member = family.members.get(kind) if isinstance(kind, str) else None
@@ -131,7 +132,7 @@ def _enter(slot: Slot, key: str | int, value: Any) -> tuple[Slot, ...]:
     if not args:
         return ()
     if _is_table(slot.type):
-        return slots_of(args[1]) if _item(value, key)[0] else ()
+        return tuple(replace(found, key=str(key)) for found in slots_of(args[1]))
     if not isinstance(key, int):
         return ()
     if origin is tuple and args[-1] is not ...:
