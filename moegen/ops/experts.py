@@ -128,7 +128,7 @@ def combine(rows: Tensor, order: Tensor, weight: Tensor) -> Tensor:
 @op(
     flops=lambda rows, token, weight, num_tokens: 2 * rows.shape[0] * rows.shape[1],
     backward=1.5,
-    saves=("rows", "token"),
+    saves=("rows", "token", "weight"),
     extra=lambda rows, token, weight, num_tokens: (16 + rows.element_size()) * token.shape[0],
 )
 def combine_rows(rows: Tensor, token: Tensor, weight: Tensor, num_tokens: int) -> Tensor:

@@ -1,0 +1,98 @@
+"""Blocks: attention and a feed-forward part, each on a residual branch with its norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+
+from moegen.arch.attention import Attention
+from moegen.arch.feed_forward import FeedForward
+from moegen.arch.moe import MoE
+from moegen.arch.norm import Norm
+from moegen.graph.builder import Builder
+from moegen.graph.layer import Layer
+from moegen.spec.element import Path, one_of
+
+
+class Block(Layer):
+    """One layer of a stack. Made by the model; a spec writes its parts."""
+
+    norm: one_of(Norm)
+    attention: one_of(Attention)
+    ffn: FeedForward | None = None
+    moe: MoE | None = None
+    moe_path: Path = ()
+    routing: bool = False  # whether any layer of the stack is routed
+    residual_scale: float = 1.0
+
+    def class_name(self) -> str:
+        """Named by what alternates in the stack."""
+        sliding = "Sliding" if self.attention.window else ""
+        kind = ("MoE" if self.moe else "Dense") if self.routing else ""
+        return f"{sliding}{kind}Block"
+
+    def programs(self) -> tuple[str, ...]:
+        """Training, decoding and its cache."""
+        balanced = self.moe and self.moe.router.balance_bias
+        update = ("update_balance",) if balanced else ()
+        return ("forward", "step", "new_cache", *update)
+
+    def forward(self, b: Builder, x: Any, context: Any) -> Any:
+        """x [B, S, d] to [B, S, d], and the routing records of this layer."""
+        x = self._attention(b, x, context)
+        h = self._before(b, "ffn_norm", x)
+        if self.moe:
+            out, routing = b.child("moe", self.moe, h, context.valid, path=self.moe_path)
+            return self._after(b, "ffn_norm", x, out), (routing,)
+        x = self._after(b, "ffn_norm", x, self._dense(b, h))
+        return (x, ()) if self.routing else x
+
+    def step(self, b: Builder, x: Any, context: Any, cache: Any) -> Any:
+        """x [B, T, d] to [B, T, d] with this layer's cache."""
+        x = self._attention(b, x, context, cache)
+        h = self._before(b, "ffn_norm", x)
+        out = b.child("moe", self.moe, h, path=self.moe_path) if self.moe else self._dense(b, h)
+        return self._after(b, "ffn_norm", x, out)
+
+    def new_cache(self, b: Builder, batch: Any, length: Any) -> Any:
+        """What attention keeps between steps."""
+        path = ("model", "attention")
+        return b.child("attention", self.attention, batch, length, path=path, role="attention")
+
+    def update_balance(self, b: Builder, load: Any) -> Any:
+        """Pass on to the router."""
+        assert self.moe is not None
+        return b.child("moe", self.moe, load, path=self.moe_path)
+
+    # Branches
+
+    def _attention(self, b: Builder, x: Any, *rest: Any) -> Any:
+        h = self._before(b, "attention_norm", x)
+        path = ("model", "attention")
+        out = b.child("attention", self.attention, h, *rest, path=path, role="attention")
+        return self._after(b, "attention_norm", x, out)
+
+    def _dense(self, b: Builder, h: Any) -> Any:
+        assert self.ffn is not None
+        return b.child("ffn", self.ffn, h, path=("model", "ffn"), role="dense")
+
+    def _before(self, b: Builder, name: str, x: Any) -> Any:
+        if self.norm.placement in ("pre", "sandwich"):
+            return self._norm(b, name, x)
+        return x
+
+    def _after(self, b: Builder, name: str, x: Any, out: Any) -> Any:
+        placement = self.norm.placement
+        if placement in ("output", "sandwich"):
+            out = self._norm(b, f"{name}_out" if placement == "sandwich" else name, out)
+        if b.spec.train.dropout.dense:
+            out = F.dropout(out, b.spec.train.dropout.dense, b.training)
+        if self.residual_scale != 1.0:
+            out = out * self.residual_scale
+        x = x + out
+        return self._norm(b, name, x) if placement == "post" else x
+
+    def _norm(self, b: Builder, name: str, x: Any) -> Any:
+        width = b.spec.model.d_model
+        return b.inline(self.norm, "apply", name, x, width, path=("model", "norm"))

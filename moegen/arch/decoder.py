@@ -1,0 +1,250 @@
+"""Decoder-only language models: embedding, a stack of blocks, and the head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from moegen.arch.attention import Attention
+from moegen.arch.block import Block
+from moegen.arch.feed_forward import FeedForward
+from moegen.arch.model import Model
+from moegen.arch.moe import MoE
+from moegen.arch.norm import Norm, RMSNorm
+from moegen.arch.rope import Rope
+from moegen.graph.builder import Builder
+from moegen.ops.losses import next_token_loss, real_tokens
+from moegen.spec.element import Element, Path, one_of
+
+
+class Embedding(Element):
+    """The table of token vectors."""
+
+    scale: float | Literal["sqrt_d_model"] = Field(1.0, description="factor on its vectors")
+
+    def factor(self, d_model: int) -> float:
+        """The factor as a number."""
+        return math.sqrt(d_model) if self.scale == "sqrt_d_model" else float(self.scale)
+
+
+class Head(Element):
+    """The projection from the last layer to logits."""
+
+    tied: bool = Field(False, description="use the embedding's table")
+    bias: bool = Field(False, description="whether the logits have a bias")
+    scale: float = Field(1.0, gt=0, le=1e6, description="factor on the logits")
+    softcap: float | None = Field(None, gt=0, description="bound: cap * tanh(logits / cap)")
+
+
+class Decoder(Model):
+    """A causal language model."""
+
+    runtime: ClassVar[str] = "LanguageModel"
+
+    kind: Literal["decoder"] = "decoder"
+    vocab_size: int = Field(ge=1, le=10**8, description="number of token ids")
+    d_model: int = Field(ge=1, le=10**6, description="width of the residual stream")
+    layers: int = Field(ge=1, le=10**4, description="number of blocks")
+    max_sequence: int = Field(4096, ge=1, le=10**9, description="longest sequence to serve")
+    embedding: Embedding = Field(Embedding(), description="token embedding")
+    norm: one_of(Norm) = Field(RMSNorm(), description="normalisation of blocks and before head")
+    attention: one_of(Attention) = Field(description="attention of every block")
+    ffn: FeedForward | None = Field(None, description="network of the layers not routed")
+    moe: MoE | None = Field(None, description="mixture of experts of the routed layers")
+    residual_scale: float = Field(1.0, gt=0, le=1e3, description="factor on every branch")
+    head: Head = Field(Head(), description="projection to logits")
+
+    def rules(self) -> Iterator[tuple[Path, str]]:
+        """What the parts need of the whole."""
+        for path, sentence in self.attention.check(self.d_model):
+            yield ("attention", *path), sentence
+        if self.attention.window:
+            for path, sentence in self.attention.window.placement.outside(self.layers):
+                yield ("attention", "window", "placement", *path), sentence
+        if self.moe is None:
+            if self.ffn is None:
+                yield (), "a model needs ffn, moe, or both"
+            return
+        for path, sentence in self.moe.placement.outside(self.layers):
+            yield ("moe", "placement", *path), sentence
+        routed = set(self.moe.placement.of(self.layers))
+        if self.ffn is None and len(routed) < self.layers:
+            dense = next(i for i in range(self.layers) if i not in routed)
+            yield ("moe", "placement"), f"layer {dense} is not routed, so the model needs ffn too"
+        for index, override in enumerate(self.moe.overrides):
+            for place, layer in enumerate(override.layers):
+                if layer not in routed:
+                    path = ("moe", "overrides", index, "layers", place)
+                    yield path, f"layer {layer} is not a routed layer"
+
+    def programs(self) -> tuple[str, ...]:
+        """Training, its loss, decoding and its cache, and the balance biases' update."""
+        update = self.moe and any(m.router.balance_bias for _, m, _ in self.routed())
+        return ("forward", "loss", "step", "new_cache", *(("update_balance",) if update else ()))
+
+    def class_name(self) -> str:
+        """What users import."""
+        return "Model"
+
+    # Facts
+
+    def routed(self) -> list[tuple[int, MoE, Path]]:
+        """Every routed layer with its MoE and the place in the spec that says it."""
+        if self.moe is None:
+            return []
+        layers = self.moe.placement.of(self.layers)
+        return [(layer, *self.moe.in_layer(layer)) for layer in layers]
+
+    def blocks(self) -> list[Block]:
+        """The stack, equal blocks being equal elements."""
+        routed = {layer: (moe, path) for layer, moe, path in self.routed()}
+        common = {
+            "norm": self.norm,
+            "routing": bool(routed),
+            "residual_scale": self.residual_scale,
+        }
+        made: dict[Any, Block] = {}
+        stack = []
+        for layer in range(self.layers):
+            moe, path = routed.get(layer, (None, ()))
+            attention = self.attention.in_layer(layer, self.layers)
+            key = (path, bool(attention.window), moe is None)
+            if key not in made:
+                ffn = None if moe else self.ffn
+                made[key] = Block(attention=attention, ffn=ffn, moe=moe, moe_path=path, **common)
+            stack.append(made[key])
+        return stack
+
+    def ropes(self) -> list[Rope]:
+        """The distinct rotary embeddings of the stack, in order of first use."""
+        found: list[Rope] = []
+        for block in self.blocks():
+            rope = block.attention.rope
+            if rope is not None and rope not in found:
+                found.append(rope)
+        return found
+
+    def rotary(self, rope: Rope, context: Any) -> tuple[Any, Any]:
+        """cos and sin of a rotary embedding, from the context."""
+        suffix = self._suffix(self.ropes().index(rope))
+        return getattr(context, f"cos{suffix}"), getattr(context, f"sin{suffix}")
+
+    def examples(self, batch: Any, sequence: Any, new: int = 1) -> dict[str, Any]:
+        """Inputs of each program, in the order to run them; a function of results so far.
+
+        `new` tokens are decoded against a cache of `sequence` positions.
+        """
+
+        def tokens(*shape: Any) -> Any:
+            return torch.zeros(shape, dtype=torch.int64)
+
+        return {
+            "forward": lambda done: (tokens(batch, sequence), None),
+            "loss": lambda done: (done["forward"].logits, tokens(batch, sequence)),
+            "new_cache": lambda done: (batch, sequence),
+            "step": lambda done: (tokens(batch, new), tokens(), done["new_cache"]),
+            "update_balance": lambda done: (done["forward"].routing,),
+        }
+
+    # Programs
+
+    def forward(self, b: Builder, ids: Any, mask: Any = None) -> Any:
+        """ids [B, S], and mask [B, S] of real tokens (padding on the right), to an Output."""
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        fields = self._tables(b, positions)
+        if self.moe:
+            valid = real_tokens(ids, mask)
+            fields["valid"] = valid
+        context = b.record("Context", **fields)
+        x = self._embed(b, ids)
+        if not self.moe:
+            for layer, block in enumerate(self.blocks()):
+                x = b.child(f"layers.{layer}", block, x, context)
+            return b.record("Output", logits=self._logits(b, x))
+        routing = b.no_items()
+        for layer, block in enumerate(self.blocks()):
+            x, records = b.child(f"layers.{layer}", block, x, context)
+            routing = routing + records
+        logits = self._logits(b, x)
+        losses = self._losses(b, routing)
+        return b.record("Output", logits=logits, losses=losses, routing=routing)
+
+    def loss(self, b: Builder, logits: Any, labels: Any) -> Any:
+        """Mean cross-entropy of the next token."""
+        return next_token_loss(logits, labels)
+
+    def step(self, b: Builder, ids: Any, start: Any, cache: Any) -> Any:
+        """ids [B, T] at positions start, start + 1, ... to logits [B, T, V]; fills the cache."""
+        positions = start + torch.arange(ids.shape[1], device=ids.device)
+        tables = self._tables(b, positions)
+        context = b.record("Place", start=start, positions=positions, **tables)
+        x = self._embed(b, ids)
+        for layer, block in enumerate(self.blocks()):
+            x = b.child(f"layers.{layer}", block, x, context, cache[layer])
+        return self._logits(b, x)
+
+    def new_cache(self, b: Builder, batch: Any, length: Any) -> Any:
+        """An empty cache for `batch` sequences of up to `length` tokens."""
+        return tuple(
+            b.child(f"layers.{layer}", block, batch, length)
+            for layer, block in enumerate(self.blocks())
+        )
+
+    def update_balance(self, b: Builder, routing: Any) -> Any:
+        """Move the routers' balance biases by the loads of a step's Output.routing."""
+        blocks = self.blocks()
+        for index, (layer, moe, _) in enumerate(self.routed()):
+            if moe.router.balance_bias:
+                b.child(f"layers.{layer}", blocks[layer], routing[index].load)
+
+    # Parts
+
+    def _suffix(self, index: int) -> str:
+        return f"_{index + 1}" if index else ""
+
+    def _tables(self, b: Builder, positions: Any) -> dict[str, Any]:
+        """cos and sin of every rotary embedding."""
+        fields: dict[str, Any] = {}
+        for index, rope in enumerate(self.ropes()):
+            suffix = self._suffix(index)
+            width = rope.dim or self.attention.rope_width(self.d_model)
+            name = f"frequencies{suffix}"
+            path = ("attention", "rope")
+            cos, sin = b.inline(rope, "tables", name, width, positions, path=path)
+            fields |= {f"cos{suffix}": cos, f"sin{suffix}": sin}
+        return fields
+
+    def _embed(self, b: Builder, ids: Any) -> Any:
+        table = b.param("embedding", self.vocab_size, self.d_model, role="embedding")
+        x = F.embedding(ids, table)
+        factor = self.embedding.factor(self.d_model)
+        return x if factor == 1.0 else x * factor
+
+    def _logits(self, b: Builder, x: Any) -> Any:
+        x = b.inline(self.norm, "apply", "norm", x, self.d_model, path=("norm",))
+        if self.head.tied:
+            table = b.param("embedding", self.vocab_size, self.d_model, role="embedding")
+        else:
+            table = b.param("head", self.vocab_size, self.d_model, role="head")
+        bias = None
+        if self.head.bias:
+            bias = b.param("head_bias", self.vocab_size, role="head")
+        logits = F.linear(x, table, bias)
+        if self.head.scale != 1.0:
+            logits = logits * self.head.scale
+        if self.head.softcap:
+            logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
+        return logits
+
+    def _losses(self, b: Builder, routing: Any) -> dict[str, Any]:
+        """Every auxiliary loss over all layers, weighted, ready to be added."""
+        assert self.moe is not None
+        return {
+            name: loss.over_layers(b, name, routing, self.moe.chosen) * loss.weight
+            for name, loss in self.moe.losses.items()
+        }

@@ -1,0 +1,44 @@
+"""Feed-forward networks: dense layers, shared experts, and the network beside an MoE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from pydantic import Field
+
+from moegen.arch.activation import Activation, SwiGLU
+from moegen.arch.init import ZEROS
+from moegen.graph.builder import Builder
+from moegen.graph.layer import Layer
+from moegen.spec.element import one_of
+
+
+class FeedForward(Layer):
+    """Two projections with an activation between; three where the activation is gated."""
+
+    shorthand = "width"
+
+    width: int = Field(ge=1, le=10**7, description="hidden width")
+    activation: one_of(Activation) = Field(SwiGLU(), description="activation, e.g. swiglu, relu")
+    bias: bool = Field(False, description="whether the projections have a bias")
+
+    def class_name(self) -> str:
+        """As written."""
+        return "FeedForward"
+
+    def forward(self, b: Builder, x: Any) -> Any:
+        """x [..., d] to [..., d]."""
+        if self.activation.gated:
+            gate = self._linear(b, "gate", x)
+            up = self._linear(b, "up", x)
+            hidden = self.activation.apply(gate, up)
+        else:
+            hidden = self.activation.apply(self._linear(b, "up", x))
+        d_model = b.spec.model.d_model
+        bias = b.param("down_bias", d_model, init=ZEROS) if self.bias else None
+        return F.linear(hidden, b.param("down", d_model, self.width), bias)
+
+    def _linear(self, b: Builder, name: str, x: Any) -> Any:
+        bias = b.param(f"{name}_bias", self.width, init=ZEROS) if self.bias else None
+        return F.linear(x, b.param(name, self.width, b.spec.model.d_model), bias)

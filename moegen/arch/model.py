@@ -1,0 +1,20 @@
+"""The family of models: the root of what a spec describes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from moegen.graph.layer import Layer
+from moegen.spec.element import Kinds
+
+
+class Model(Kinds, Layer):
+    """A whole network. `forward` takes what a user has and returns what training needs."""
+
+    default_kind: ClassVar[str | None] = "decoder"
+
+    runtime: ClassVar[str] = ""  # the class that emitted models of this kind derive from
+
+    def examples(self, batch: Any, sequence: Any, new: int = 1) -> dict[str, Any]:
+        """Inputs of each program, in the order to run them, as functions of results so far."""
+        raise TypeError(f"{type(self).__name__} takes no inputs")

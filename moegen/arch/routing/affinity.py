@@ -1,0 +1,40 @@
+"""Affinities: logits turned into scores that gates are made of."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from moegen.graph.builder import Builder
+from moegen.spec.element import Kinds
+
+
+class Affinity(Kinds):
+    """A map from logits to scores in [0, 1]."""
+
+    default_kind: ClassVar[str | None] = "softmax"
+    sums_to_one: ClassVar[bool] = True
+
+    def scores(self, b: Builder, logits: Any) -> Any:
+        """logits [T, E] to scores [T, E]."""
+        raise TypeError(f"{type(self).__name__} computes nothing")
+
+
+class Softmax(Affinity):
+    """Experts compete: scores of a token sum to one."""
+
+    kind: Literal["softmax"] = "softmax"
+
+    def scores(self, b: Builder, logits: Any) -> Any:
+        """softmax over experts."""
+        return logits.softmax(-1)
+
+
+class Sigmoid(Affinity):
+    """Each expert is judged alone (BASE layers 2021, DeepSeek-V3 2024)."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    sums_to_one: ClassVar[bool] = False
+
+    def scores(self, b: Builder, logits: Any) -> Any:
+        """The logistic function of each logit."""
+        return logits.sigmoid()

@@ -1,0 +1,1 @@
+"""Prints components as Python that reads as if written by hand."""

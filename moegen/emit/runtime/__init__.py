@@ -1,0 +1,1 @@
+"""Base classes of emitted models: ordinary files, copied into packages as they are."""

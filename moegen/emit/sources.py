@@ -1,0 +1,158 @@
+"""Extracts the source of the ops that a model uses, with all they need and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import importlib
+import inspect
+from dataclasses import dataclass
+
+from moegen.ops.op import OPS
+
+HEAD = '"""The operations of this model: plain PyTorch, one function each."""'
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of ops, cut into its top-level statements."""
+
+    name: str
+    imports: tuple[tuple[str, str], ...]  # (name that it binds, line of source)
+    statements: tuple[tuple[frozenset[str], frozenset[str], str], ...]  # (defines, uses, source)
+
+
+def ops_module(names: set[str]) -> str:
+    """The text of a module that defines the named ops and needs torch only."""
+    wanted = {(OPS[name].reference.__module__, name) for name in names}
+    kept: dict[str, set[int]] = {}
+    imports: set[str] = set()
+    todo = sorted(wanted)
+    seen: set[tuple[str, str]] = set()
+    while todo:
+        module_name, name = todo.pop()
+        if (module_name, name) in seen:
+            continue
+        seen.add((module_name, name))
+        module = _module(module_name)
+        for index, (defines, uses, _) in enumerate(module.statements):
+            # A statement that defines nothing (a registration) comes with what it registers.
+            if name in defines or (not defines and name in uses):
+                kept.setdefault(module_name, set()).add(index)
+                todo += [(module_name, use) for use in sorted(uses | defines)]
+        for bound, line in module.imports:
+            if bound == name:
+                origin = _from_ours(line)
+                if origin:
+                    todo.append((origin, name))
+                else:
+                    imports.add(line)
+    texts = [_module(m).statements[i][2] for m in sorted(kept) for i in sorted(kept[m])]
+    return _join(sorted(imports), texts)
+
+
+def _join(imports: list[str], texts: list[str]) -> str:
+    plain = [line for line in imports if line.startswith("import ")]
+    standard = [line for line in imports if not _is_torch(line)]
+    first = [*(l for l in standard if l in plain), *(l for l in standard if l not in plain)]
+    torch_lines = [line for line in imports if _is_torch(line)]
+    second = [*(l for l in torch_lines if l in plain), *(l for l in torch_lines if l not in plain)]
+    blocks = ["\n".join(lines) for lines in (first, second) if lines]
+    head = "\n\n".join([HEAD, "from __future__ import annotations", *blocks])
+    out = head
+    before = ""
+    for text in texts:
+        single = not text.startswith(("def ", "class ", "@")) and "\n" not in text
+        together = single and before == "single"
+        out += ("\n" if together else "\n\n\n" if before != "" or not single else "\n\n") + text
+        before = "single" if single else "block"
+    return out + "\n"
+
+
+def _is_torch(line: str) -> bool:
+    return line.split()[1].split(".")[0] == "torch"
+
+
+def _from_ours(line: str) -> str | None:
+    """The module of ours that an import line takes a name from, or None."""
+    words = line.split()
+    return words[1] if words[0] == "from" and words[1].startswith("moegen.") else None
+
+
+@functools.lru_cache(maxsize=64)
+def _module(name: str) -> Module:
+    source = inspect.getsource(importlib.import_module(name))
+    tree = ast.parse(source)
+    imports: list[tuple[str, str]] = []
+    statements = []
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports += _bound(node)
+        elif not _is_docstring(node):
+            statements.append((_defines(node), _uses(node), _text(node, source)))
+    return Module(name, tuple(imports), tuple(statements))
+
+
+def _bound(node: ast.Import | ast.ImportFrom) -> list[tuple[str, str]]:
+    out = []
+    for alias in node.names:
+        renamed = f" as {alias.asname}" if alias.asname else ""
+        bound = alias.asname or alias.name.split(".")[0]
+        if isinstance(node, ast.ImportFrom):
+            out.append((bound, f"from {node.module} import {alias.name}{renamed}"))
+        else:
+            out.append((bound, f"import {alias.name}{renamed}"))
+    return out
+
+
+def _defines(node: ast.stmt) -> frozenset[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        registered = any(_root(d) not in ("op", "functools") for d in node.decorator_list)
+        return frozenset() if registered and node.name == "_" else frozenset({node.name})
+    if isinstance(node, ast.Assign):
+        return frozenset(t.id for t in node.targets if isinstance(t, ast.Name))
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return frozenset({node.target.id})
+    return frozenset()
+
+
+def _root(node: ast.expr) -> str:
+    while isinstance(node, (ast.Call, ast.Attribute)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _uses(node: ast.stmt) -> frozenset[str]:
+    """Names that a statement reads, those of the op's own cost aside."""
+    names = set()
+    for child in ast.walk(_undecorated(node)):
+        if isinstance(child, ast.Name) and not hasattr(builtins, child.id):
+            names.add(child.id)
+    return frozenset(names)
+
+
+def _undecorated(node: ast.stmt) -> ast.stmt:
+    if not isinstance(node, ast.FunctionDef):
+        return node
+    kept = [d for d in node.decorator_list if _root(d) != "op"]
+    copy = ast.FunctionDef(**{**dict(ast.iter_fields(node)), "decorator_list": kept})
+    return ast.copy_location(copy, node)
+
+
+def _text(node: ast.stmt, source: str) -> str:
+    """The statement as written, without `@op(...)`, with the comment right above it."""
+    lines = source.splitlines()
+    decorators = getattr(node, "decorator_list", [])
+    kept = [d for d in decorators if _root(d) != "op"]
+    first = min([node.lineno, *(d.lineno for d in kept)])
+    top = min([node.lineno, *(d.lineno for d in decorators)]) - 1
+    start = top
+    while start and lines[start - 1].startswith("#"):
+        start -= 1
+    comment = lines[start:top]
+    return "\n".join([*comment, *lines[first - 1 : node.end_lineno]])
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

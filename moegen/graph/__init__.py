@@ -1,0 +1,1 @@
+"""The intermediate representation: components, the builder that traces them, and their rules."""

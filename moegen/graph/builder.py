@@ -1,0 +1,308 @@
+"""Traces an element's plain torch on proxies: one component, straight-line, in its author's names."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import FrameType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import fx, nn
+
+from moegen.graph import meta
+from moegen.graph.component import Buffer, Component, Init, Weight, attach
+from moegen.graph.layer import Layer
+from moegen.graph.names import assigned, author_frame
+from moegen.ops.op import op_of
+from moegen.spec.element import Element, Path
+
+
+# Attributes of tensors and of torch's return types that are values, not methods.
+_FACTS = {"shape", "dtype", "device", "ndim", "values", "indices", "T", "mT"}
+
+
+class NamedProxy(fx.Proxy):
+    """A proxy whose parts are named like the variables that its author unpacks them into."""
+
+    def __iter__(self) -> Iterator[fx.Proxy]:
+        """Unpack into as many parts as there are targets on the author's line."""
+        names = assigned(author_frame())
+        if not isinstance(names, tuple):
+            return super().__iter__()
+        return iter([self._part(i, name) for i, name in enumerate(names)])
+
+    def _part(self, index: int, name: str) -> fx.Proxy:
+        part = self[index]
+        part.node.meta[meta.NAME] = name
+        part.node.meta[meta.PART] = True
+        return cast(fx.Proxy, part)
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        """Read a field of a record at once, so that the node is made on the author's line."""
+        attribute = super().__getattr__(name)
+        if name in _FACTS or not hasattr(torch.Tensor, name):
+            _ = attribute.node
+        return attribute
+
+
+class ComponentTracer(fx.proxy.GraphAppendingTracer):
+    """Appends nodes to one graph, and notes on each its name, section and origin."""
+
+    def __init__(self, graph: fx.Graph, path: Path) -> None:
+        """Trace into `graph` on behalf of the element at `path` of the spec."""
+        super().__init__(graph)
+        self.path = path
+        self.section: str | None = None
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Make the node, with where it comes from."""
+        node = super().create_node(*args, **kwargs)
+        frame = author_frame()
+        node.meta[meta.ORIGIN] = meta.Origin(self.path, _place(frame))
+        if self.section:
+            node.meta[meta.SECTION] = self.section
+        # Attributes such as `.shape` become nodes where they are used, not where they are written.
+        late = node.op == "placeholder" or node.target is getattr
+        name = None if late else assigned(frame)
+        if isinstance(name, str):
+            node.meta[meta.NAME] = name
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Proxies that know how to name their parts."""
+        return NamedProxy(node, self)
+
+
+@dataclass
+class Trace:
+    """One plan's tracing: the spec, and the components and record types made so far.
+
+    Never shared between plans, because a backend rewrites the graphs.
+    """
+
+    spec: Any
+    components: dict[tuple[Any, ...], Component] = field(default_factory=dict)
+    records: dict[str, type[tuple[Any, ...]]] = field(default_factory=dict)
+
+    def component(self, element: Layer, path: Path, role: str) -> Component:
+        """The component of an element, traced with all its programs."""
+        key = (type(element), element.model_dump_json(), path, role)
+        known = self.components.get(key)
+        if known is None:
+            known = Component(element, self._class_name(element), path)
+            for program in element.programs():
+                Builder(self, known, program, role).trace_program()
+            self.components[key] = known
+        return known
+
+    def record(self, name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]]:
+        """The record type of a name; all records of a name have the same fields."""
+        known = self.records.get(name)
+        if known is None:
+            # Functional form, because the fields depend on the spec.
+            known = NamedTuple(name, [(f, Any) for f in fields])  # type: ignore[misc]
+            self.records[name] = known
+        assert known._fields == fields, f"two records called {name} differ"  # type: ignore[attr-defined]
+        return known
+
+    def _class_name(self, element: Layer) -> str:
+        taken = {c.class_name for c in self.components.values()}
+        wanted = element.class_name()
+        names = [wanted, *(f"{wanted}{i}" for i in range(2, len(taken) + 3))]
+        return next(n for n in names if n not in taken)
+
+
+class Builder:
+    """What an element's method sees: the spec's facts, and ways to own parameters and children."""
+
+    def __init__(self, trace: Trace, component: Component, program: str, role: str) -> None:
+        """Prepare to trace one program of a component."""
+        self.trace = trace
+        self.spec = trace.spec
+        self.component = component
+        self.program = program
+        self.role = role
+        self.graph = fx.Graph()
+        self.tracer = ComponentTracer(self.graph, component.path)
+        self.root = nn.Module()
+        self._attributes: dict[str, fx.Proxy] = {}
+
+    # What an element may ask for
+
+    def param(
+        self,
+        name: str,
+        *shape: int,
+        dtype: torch.dtype | None = None,
+        compute: torch.dtype | None = None,
+        init: Init | None = None,
+        role: str | None = None,
+        active: Fraction = Fraction(1),
+    ) -> Any:
+        """A parameter of this component, read in the dtype that it computes in.
+
+        dtype: how it is kept; the spec's `precision.parameters` unless given.
+        compute: how it is used; the spec's `precision.compute` unless given.
+        """
+        role = role or self.role
+        kept = dtype or self.spec.precision.parameter_dtype
+        used = compute or (dtype or self.spec.precision.compute_dtype)
+        start = init or self.spec.init.of(shape, role)
+        weight = Weight(shape, kept, role, start, active)
+        assert self.component.weights.setdefault(name, weight) == weight, name
+        proxy = self._attribute(name)
+        return proxy if kept == used else proxy.to(used)
+
+    def buffer(
+        self,
+        name: str,
+        *shape: int,
+        make: Callable[..., torch.Tensor],
+        dtype: torch.dtype = torch.float32,
+        persistent: bool = False,
+        **arguments: Any,
+    ) -> Any:
+        """A tensor of this component that `make(**arguments)` computes."""
+        made = Buffer(shape, dtype, make, tuple(arguments.items()), persistent)
+        assert self.component.buffers.setdefault(name, made) == made, name
+        return self._attribute(name)
+
+    @property
+    def training(self) -> Any:
+        """Whether the module is in training mode, as a value of the graph."""
+        return self._attribute("training")
+
+    def child(
+        self,
+        name: str,
+        element: Layer,
+        *inputs: Any,
+        path: Path | None = None,
+        role: str | None = None,
+        program: str | None = None,
+    ) -> Any:
+        """Call a child component; its own trace decides what it holds and computes."""
+        child = self.trace.component(element, self.path(path), role or self.role)
+        known = self.component.children.setdefault(name, child)
+        assert known is child, f"two children called {name}"
+        wanted = program or self.program
+        method = wanted if wanted in child.programs else "forward"
+        attach(self.root, name, child.programs[method])
+        out = self.tracer.create_proxy("call_module", name, inputs, {})
+        out.node.meta[meta.METHOD] = method
+        return out
+
+    def inline(self, element: Element, method: str, *inputs: Any, path: Path | None = None) -> Any:
+        """Trace a part's method into this component; its nodes point to its own spec lines."""
+        outer, self.tracer.path = self.tracer.path, self.path(path)
+        try:
+            out = getattr(element, method)(self, *inputs)
+        finally:
+            self.tracer.path = outer
+        self._adopt(out)
+        return out
+
+    def record(self, name: str, **fields: Any) -> Any:
+        """A named tuple of values; its type is emitted beside the classes."""
+        kind = self.trace.record(name, tuple(fields))
+        return self.tracer.create_proxy("call_function", kind, (), fields)
+
+    def no_items(self) -> Any:
+        """The empty tuple as a value of the graph, for a loop over layers to add to."""
+        return self.tracer.create_proxy("call_function", tuple, (), {})
+
+    def name(self, value: Any, name: str) -> Any:
+        """Call a value by a name that its author's line does not tell."""
+        value.node.meta[meta.NAME] = name
+        return value
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Statements traced inside stand under a comment with this name."""
+        outer, self.tracer.section = self.tracer.section, name
+        try:
+            yield
+        finally:
+            self.tracer.section = outer
+
+    def path(self, below: Path | None) -> Path:
+        """A path below this component's own; an absolute one starts with "model"."""
+        if below is None:
+            return self.tracer.path
+        absolute = below[:1] == ("model",)
+        return below if absolute else (*self.tracer.path, *below)
+
+    # How it is traced
+
+    def trace_program(self) -> None:
+        """Trace the program and leave it in the component as a GraphModule."""
+        method = getattr(self.component.element, self.program)
+        names = list(inspect.signature(method).parameters)[1:]
+        inputs = [self.tracer.create_proxy("placeholder", name, (), {}) for name in names]
+        out = method(self, *inputs)
+        last = self.graph.output(self.tracer.create_arg(out))
+        last.meta[meta.ORIGIN] = meta.Origin(self.component.path, "")
+        drop_dead(self.graph)
+        self._own_weights()
+        self.component.programs[self.program] = fx.GraphModule(
+            self.root, self.graph, self.component.class_name
+        )
+
+    def _attribute(self, name: str) -> fx.Proxy:
+        if name not in self._attributes:
+            made = self.tracer.create_proxy("get_attr", name, (), {})
+            made.node.meta.pop(meta.NAME, None)
+            self._attributes[name] = made
+        return self._attributes[name]
+
+    def _own_weights(self) -> None:
+        for name in self._attributes:
+            if name in self.component.weights:
+                w = self.component.weights[name]
+                value = torch.empty(w.shape, dtype=w.dtype, device="meta")
+                self.root.register_parameter(name, nn.Parameter(value))
+            elif name in self.component.buffers:
+                buffer = self.component.buffers[name]
+                self.root.register_buffer(
+                    name, torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+                )
+
+    def _adopt(self, out: Any) -> None:
+        """Give a part's nameless result the name that the caller assigns it to."""
+        names = assigned(author_frame())
+        pairs = [(out, names)] if isinstance(names, str) else []
+        if isinstance(names, tuple) and isinstance(out, tuple):
+            pairs = list(zip(out, names, strict=False))
+        for value, name in pairs:
+            if isinstance(value, fx.Proxy) and value.node.op not in ("placeholder", "get_attr"):
+                value.node.meta.setdefault(meta.NAME, name)
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove what nothing reads and nothing else would notice."""
+    for node in reversed(graph.nodes):
+        pure = node.op in ("call_function", "call_method", "get_attr") and not has_effect(node)
+        if pure and not node.users:
+            graph.erase_node(node)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a node writes to something or draws random numbers."""
+    known = op_of(node.target)
+    return known.effect if known else node.target in _RANDOM
+
+
+_RANDOM = {torch.nn.functional.dropout}
+
+
+def _place(frame: FrameType | None) -> str:
+    """A line of an element's source, as `arch/moe.py:31` or a plug-in's own path."""
+    if frame is None:
+        return ""
+    name = frame.f_code.co_filename.replace("\\", "/")
+    _, found, below = name.rpartition("/moegen/")
+    return f"{'moegen/' + below if found else name}:{frame.f_lineno}"

@@ -1,0 +1,31 @@
+"""Layers: the elements that compute something, and so become components."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moegen.spec.element import Element
+
+if TYPE_CHECKING:
+    from moegen.graph.builder import Builder
+
+
+class Layer(Element):
+    """An element with programs: methods in plain torch that the builder traces.
+
+    `forward` is the training and evaluation program. A layer may have more, each a method
+    `(self, b, *inputs)` named in `programs`; a parent's program of the same name calls them,
+    and calls `forward` of layers that lack it.
+    """
+
+    def programs(self) -> tuple[str, ...]:
+        """Names of the methods that are traced."""
+        return ("forward",)
+
+    def class_name(self) -> str:
+        """What the emitted class is called."""
+        return type(self).__name__
+
+    def forward(self, b: Builder, *inputs: Any) -> Any:
+        """Compute the outputs from the inputs; the names of the inputs are those of the method."""
+        raise TypeError(f"{type(self).__name__} has no forward")

@@ -1,0 +1,1 @@
+"""Leaf ops: what each computes, and what it costs."""

@@ -1,0 +1,174 @@
+"""Attention in the forms that torch's own kernel lacks, and the cache that decoding writes.
+
+Throughout: q [B, H, T, d]; k [B, G, S, d] and v [B, G, S, e] with G dividing H.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moegen.ops.op import op
+
+
+def seen_pairs(length: int, window: int | None = None) -> int:
+    """Pairs (query, key) that a causal mask over `length` positions lets through."""
+    if window is None:
+        return length * (length + 1) // 2
+    # The first min(window, length) queries see 1, 2, ... keys, the others `window`.
+    short = min(window, length)
+    return short * (short + 1) // 2 + (length - short) * window
+
+
+def _core(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> int:
+    """FLOPs of scores and mixing over so many pairs in each head of each sequence."""
+    return 2 * q.shape[0] * q.shape[1] * pairs * (q.shape[-1] + v.shape[-1])
+
+
+def _weights(q: Tensor, k: Tensor, window: int | None = None) -> int:
+    """Bytes of one copy of the attention weights; a window computes blocks of twice its size."""
+    keys = k.shape[2] if window is None else 2 * min(window, k.shape[2])
+    return q.shape[0] * q.shape[1] * q.shape[2] * keys * q.dtype.itemsize
+
+
+@op()
+def at_most(length: int, most: int) -> int:
+    """The smaller of two lengths."""
+    return min(length, most)
+
+
+@op()
+def ring_positions(start: Tensor, size: int, device: torch.device) -> Tensor:
+    """The position that each slot of a ring of `size` holds before `start`, negative if none."""
+    slots = torch.arange(size, device=device)
+    return start - 1 - (start - 1 - slots) % size
+
+
+@op(effect=True)
+def write_cache(cache: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """Write values [B, H, T, d] to cache [B, H, L, d] at positions [T], in place; the cache."""
+    return cache.index_copy_(2, positions, values.to(cache.dtype))
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """Which keys a query sees, bool [S, S]: its own position and those before it."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, G, S, d] of grouped heads as [B, heads, S, d]."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def window_blocks(
+    q: Tensor, k: Tensor, v: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cut a sequence into n blocks, so that a window costs n blocks and not all pairs.
+
+    Each block of queries sees its own block of keys and the one before. Gives q [B * n, H, w, d],
+    k and v [B * n, G, 2w, ...] and the mask, bool [B * n, 1, w, 2w].
+    """
+    batch, _, length, _ = q.shape
+    size = min(window, length)
+    count = -(-length // size)
+    padding = count * size - length
+
+    def cut(x: Tensor, before: int) -> Tensor:
+        x = F.pad(x, (0, 0, before, padding))
+        return x.unfold(2, size + before, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    query = torch.arange(size, device=q.device).unsqueeze(-1) + size
+    key = torch.arange(2 * size, device=q.device)
+    near = (key <= query) & (key > query - window)
+    exists = (torch.arange(count, device=q.device).view(-1, 1, 1, 1) > 0) | (key >= size)
+    mask = (near & exists).repeat(batch, 1, 1, 1)
+    return cut(q, 0), cut(k, size), cut(v, size), mask
+
+
+def join_blocks(out: Tensor, batch: int, length: int) -> Tensor:
+    """The inverse of window_blocks: out [B * n, H, w, e] to [B, H, S, e]."""
+    return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+@op(
+    flops=lambda q, k, v, window, scale: _core(q, k, v, seen_pairs(q.shape[2], window)),
+    backward=2.5,
+    saves=("q", "k", "v", "out"),
+    extra=lambda q, k, v, window, scale: (
+        2 * (k.numel() + v.numel()) * k.dtype.itemsize + 4 * q.numel() // q.shape[-1]
+    ),
+)
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Causal attention to the nearest `window` positions, a query's own included."""
+    blocks = window_blocks(q, k, v, window)
+    out = F.scaled_dot_product_attention(
+        *blocks[:3], attn_mask=blocks[3], scale=scale, enable_gqa=True
+    )
+    return join_blocks(out, q.shape[0], q.shape[2])
+
+
+@op(
+    flops=lambda q, k, v, mask, *_: _core(q, k, v, q.shape[2] * k.shape[2]),
+    saves=("q", "k", "v", "sinks"),
+    extra=lambda q, k, *_: _weights(q, k),
+)
+def masked_sink_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float
+) -> Tensor:
+    """Attention whose heads may attend to nothing, with logit sinks [H], under a mask.
+
+    mask is bool, broadcast to [B, H, T, S]. Source: gpt-oss (2025); the idea is Xiao et al. 2023.
+    """
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
+    nothing = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, nothing), -1).softmax(-1)[..., :-1] @ v
+
+
+@op(
+    flops=lambda q, k, v, *_, window=None: _core(q, k, v, seen_pairs(q.shape[2], window)),
+    saves=("q", "k", "v", "sinks"),
+    extra=lambda q, k, *_, window=None: _weights(q, k, window),
+)
+def sink_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention whose heads may attend to nothing, with logit sinks [H]."""
+    if window is None:
+        mask = causal_mask(q.shape[2], q.device)
+        return masked_sink_attention(q, k, v, mask, sinks, scale)
+    out = masked_sink_attention(*window_blocks(q, k, v, window), sinks, scale)
+    return join_blocks(out, q.shape[0], q.shape[2])
+
+
+@op(
+    flops=lambda q, k, v, mask, *_: _core(q, k, v, q.shape[2] * k.shape[2]),
+    saves=("q", "k", "v"),
+    extra=lambda q, k, *_: 2 * _weights(q, k),
+)
+def masked_capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float, scale: float
+) -> Tensor:
+    """Attention with bounded logits, cap * tanh(score / cap), under a mask.
+
+    mask is bool, broadcast to [B, H, T, S]. Source: Gemma 2, Grok-1 (2024).
+    """
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    scores = cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+@op(
+    flops=lambda q, k, v, *_, window=None: _core(q, k, v, seen_pairs(q.shape[2], window)),
+    saves=("q", "k", "v"),
+    extra=lambda q, k, *_, window=None: 2 * _weights(q, k, window),
+)
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, cap: float, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention with bounded logits, cap * tanh(score / cap)."""
+    if window is None:
+        return masked_capped_attention(q, k, v, causal_mask(q.shape[2], q.device), cap, scale)
+    out = masked_capped_attention(*window_blocks(q, k, v, window), cap, scale)
+    return join_blocks(out, q.shape[0], q.shape[2])

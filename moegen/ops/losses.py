@@ -1,0 +1,97 @@
+"""Auxiliary losses and the statistics they are made of; padding counts for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moegen.ops.op import op
+
+
+@op()
+def real_tokens(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Which of ids [B, S] are real, bool [B * S]; all of them if there is no mask."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool).flatten()
+    return mask.bool().flatten()
+
+
+@op(saves=("valid",))
+def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean of values [T, ...] over the tokens where valid [T] is true; 0 if there is none."""
+    kept = valid.view(-1, *[1] * (values.dim() - 1)).to(values.dtype if values.is_floating_point() else torch.float32)
+    return (values * kept).sum(0) / kept.sum().clamp(min=1)
+
+
+@op()
+def choice_fractions(load: Tensor, choices: int) -> Tensor:
+    """load [E] as fractions of tokens: they sum to the number of choices a token has."""
+    return load / (load.sum() / choices).clamp(min=1)
+
+
+@op(saves=("probability",))
+def balance_loss(fraction: Tensor, probability: Tensor) -> Tensor:
+    """E * sum of fraction * probability [E] (GShard 2020, Switch 2021); gradient by the latter."""
+    return fraction.shape[0] * (fraction.detach() * probability).sum()
+
+
+@op(saves=("scores",))
+def sequence_balance_loss(
+    scores: Tensor, experts: Tensor, valid: Tensor, sequences: int
+) -> Tensor:
+    """Balance inside each sequence, averaged over sequences (DeepSeek-V3 section 2.1.2).
+
+    scores [T, E], experts [T, k], valid [T]; T = sequences * length. For a sequence: the sum
+    over experts of E / k * (share of its tokens that chose e) * (mean normalised score of e).
+    """
+    share = scores / scores.sum(-1, keepdim=True)
+    real = valid.unflatten(0, (sequences, -1)).unsqueeze(-1).to(scores.dtype)
+    tokens = real.sum(1).clamp(min=1)
+    probability = (share.unflatten(0, (sequences, -1)) * real).sum(1) / tokens
+    chosen = torch.zeros_like(scores).scatter(-1, experts, 1.0)
+    fraction = (chosen.unflatten(0, (sequences, -1)) * real).sum(1) / tokens
+    per_sequence = (fraction * probability).sum(-1) * scores.shape[-1] / experts.shape[-1]
+    return per_sequence.mean()
+
+
+@op(saves=("logits", "valid"))
+def z_loss(logits: Tensor, valid: Tensor) -> Tensor:
+    """Mean squared log-partition of logits [T, E] over real tokens (ST-MoE 2022)."""
+    return masked_mean(torch.logsumexp(logits, -1).square(), valid)
+
+
+@op()
+def sum_over_layers(routing: Sequence[Any], name: str) -> Tensor:
+    """The sum of one auxiliary loss over the routed layers that have it."""
+    return torch.stack([r.losses[name] for r in routing if name in r.losses]).sum()
+
+
+@op()
+def mean_over_layers(routing: Sequence[Any], name: str) -> Tensor:
+    """The mean of one auxiliary loss over the routed layers that have it."""
+    return torch.stack([r.losses[name] for r in routing if name in r.losses]).mean()
+
+
+@op()
+def pooled_balance_loss(routing: Sequence[Any], choices: int) -> Tensor:
+    """The balance loss of statistics averaged over layers, as in transformers' models.
+
+    Opposite collapses of two layers cancel in it, which the mean of their losses shows.
+    """
+    fraction = torch.stack([choice_fractions(r.load, choices) for r in routing]).mean(0)
+    probability = torch.stack([r.probability for r in routing]).mean(0)
+    return balance_loss(fraction, probability)
+
+
+@op(saves=("labels",), extra=lambda logits, *_: 4 * logits.numel())
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [B, S, V] at labels [B, S], in fp32; label -100 is left out.
+
+    The logits at a position are held against the label of the next one.
+    """
+    predicted = logits[:, :-1].flatten(0, 1).float()
+    return F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100)

@@ -1,0 +1,16 @@
+"""Randomness of routers: drawn in training only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moegen.ops.op import op
+
+
+@op(effect=True)
+def jitter(x: Tensor, eps: float, training: bool) -> Tensor:
+    """x times U(1 - eps, 1 + eps), element by element, in training; x itself otherwise."""
+    if not training:
+        return x
+    return x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)

@@ -1,0 +1,1 @@
+"""Passes: a graph in, the same graph annotated or rewritten; one a file."""

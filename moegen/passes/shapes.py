@@ -1,0 +1,110 @@
+"""Annotates every node with its value as fake tensors; component by component, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moegen.errors import PlanError, Problem
+from moegen.graph import meta
+from moegen.graph.component import Component
+from moegen.graph.execute import run
+from moegen.spec.element import Path
+
+
+class ShapeError(Exception):
+    """A torch error inside a program, with the place in the spec it comes from."""
+
+    def __init__(self, sentence: str, path: Path, traced_at: str) -> None:
+        """Keep all three; the plan turns them into a message with a line."""
+        super().__init__(sentence)
+        self.path = path
+        self.traced_at = traced_at
+
+
+class Shapes:
+    """Runs programs on fake tensors. Equal calls of one component run once."""
+
+    def __init__(self, mode: FakeTensorMode, training: bool = True) -> None:
+        """Run under a fake mode, in training or evaluation."""
+        self.mode = mode
+        self.training = training
+        self.results: dict[tuple[Any, ...], Any] = {}
+        self.parameters: dict[tuple[int, str], Tensor] = {}
+
+    def run(self, component: Component, program: str, inputs: tuple[Any, ...]) -> Any:
+        """Annotate a program and all it calls; its result."""
+        key = (id(component), program, signature(inputs))
+        if key in self.results:
+            return self.results[key]
+
+        def call(node: fx.Node, arguments: tuple[Any, ...]) -> Any:
+            child = component.children[str(node.target)]
+            return self.run(child, meta.method(node), arguments)
+
+        def done(node: fx.Node, value: Any) -> None:
+            node.meta[meta.VAL] = value
+
+        graph = component.programs[program].graph
+        with self.mode, _blame(graph):
+            result = run(graph, inputs, lambda name: self._attribute(component, name), call, done)
+        self.results[key] = result
+        return result
+
+    def _attribute(self, component: Component, name: str) -> Any:
+        if name == "training":
+            return self.training
+        key = (id(component), name)
+        if key not in self.parameters:
+            facts = component.weights.get(name) or component.buffers[name]
+            self.parameters[key] = torch.empty(facts.shape, dtype=facts.dtype)
+        return self.parameters[key]
+
+
+@contextmanager
+def _blame(graph: fx.Graph) -> Iterator[None]:
+    """Turn an error of torch into one that names the node and its place in the spec."""
+    for node in graph.nodes:
+        node.meta.pop(meta.VAL, None)
+    try:
+        yield
+    except (ShapeError, PlanError):
+        raise
+    except Exception as error:
+        node = next(n for n in graph.nodes if meta.VAL not in n.meta)
+        origin = meta.origin(node)
+        sentence = f"{str(error).splitlines()[0]} [{describe(node)}]"
+        raise ShapeError(sentence, origin.path, origin.traced_at) from error
+
+
+def describe(node: fx.Node) -> str:
+    """A node as its author might write it, with the shapes of what goes in."""
+
+    def shape(argument: fx.Node) -> Any:
+        value = argument.meta.get(meta.VAL)
+        return list(value.shape) if isinstance(value, Tensor) else value
+
+    target = getattr(node.target, "__name__", str(node.target))
+    values = fx.node.map_arg((node.args, node.kwargs), shape)
+    arguments = [*map(str, values[0]), *(f"{k}={v}" for k, v in values[1].items())]
+    name = meta.name(node)
+    return f"{name + ' = ' if name else ''}{target}({', '.join(arguments)})"
+
+
+def signature(value: Any) -> str:
+    """The shapes and dtypes of a structure as text: symbols of sizes cannot be hashed."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{tuple(map(str, value.shape))}"
+    if isinstance(value, (tuple, list)):
+        return f"({','.join(map(signature, value))})"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{k}:{signature(v)}' for k, v in value.items())}}}"
+    return str(value)
+
+
+__all__ = ["PlanError", "Problem", "ShapeError", "Shapes", "describe", "signature"]
