@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ LIMIT = 6e9  # bytes that batched_mm may spend on one copy of a matrix per row
 class OurBlock(nn.Module):
     """Softmax top-k router and SwiGLU experts from our ops, gate and up in one matrix or two."""
 
-    def __init__(self, shape: Shape, block: nn.Module, *, fused: bool) -> None:
+    def __init__(self, shape: Shape, block: Any, *, fused: bool) -> None:
         super().__init__()
         self.shape, self.fused = shape, fused
         self.router = nn.Parameter(block.gate.weight.detach())
@@ -80,10 +81,12 @@ class OurBlock(nn.Module):
         rows = grouped_linear(F.silu(gate) * up, self.w_down, ends)
         return combine(rows, order, weight).view_as(x)
 
-    def weight_gradients(self) -> list[Tensor]:
+    def weight_gradients(self) -> list[Any]:
         if self.fused:
             return [self.router.grad, self.w_gate_up.grad, self.w_down.grad]
-        gate_up = torch.cat([self.w_gate.grad, self.w_up.grad], dim=1)
+        gate_up: Any = torch.cat(
+            [g.grad for g in (self.w_gate, self.w_up) if g.grad is not None], 1
+        )
         return [self.router.grad, gate_up, self.w_down.grad]
 
 
@@ -117,18 +120,18 @@ def their_block(shape: Shape, implementation: str, like: nn.Module | None = None
     return block
 
 
-def step(block: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+def step(block: Any, x: Tensor, grad: Tensor) -> Tensor:
     """One forward and backward pass; the gradients stay, in place of the block's and x's old."""
     block.zero_grad(set_to_none=True)
     x.grad = None
-    out = block(x)
-    out.backward(grad)
+    out: Tensor = block(x)
+    torch.autograd.backward(out, grad)
     return out.detach()
 
 
-def check(ours: OurBlock, theirs: nn.Module, x: Tensor, grad: Tensor) -> None:
+def check(ours: OurBlock, theirs: Any, x: Tensor, grad: Tensor) -> None:
     """Raise unless outputs and all gradients agree."""
-    expected = [step(theirs, x, grad), x.grad]
+    expected: list[Any] = [step(theirs, x, grad), x.grad]
     expected += [theirs.gate.weight.grad, theirs.experts.gate_up_proj.grad]
     expected += [theirs.experts.down_proj.grad]
     actual = [step(ours, x, grad), x.grad, *ours.weight_gradients()]
