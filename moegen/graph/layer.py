@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from moegen.spec.element import Element
@@ -25,6 +26,10 @@ class Layer(Element):
     def class_name(self) -> str:
         """What the emitted class is called."""
         return type(self).__name__
+
+    def describe(self, spec: Any) -> str:
+        """What the emitted class says it is, in a sentence with this spec's numbers."""
+        return (inspect.getdoc(type(self)) or "").splitlines()[0]
 
     def forward(self, b: Builder, *inputs: Any) -> Any:
         """Compute the outputs from the inputs; the names of the inputs are those of the method."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moegen.arch.spec import Spec
@@ -15,6 +14,8 @@ from moegen.graph.builder import Trace
 from moegen.graph.component import Component
 from moegen.passes.shapes import ShapeError, Shapes
 from moegen.spec.element import Path
+from moegen.spec.load import Loaded
+from moegen.spec.source import locate
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Plan:
     records: Mapping[str, type[tuple[Any, ...]]]
     results: Mapping[str, Any]
     marks: Mapping[Path, Mark] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def mark(self, path: Path) -> Mark | None:
+        """The line of the spec for a path, or for what encloses it."""
+        return locate(self.marks, path)
 
     @property
     def components(self) -> list[Component]:
@@ -42,9 +48,9 @@ class Plan:
         return self.root.distinct()
 
 
-def lower(spec: Spec, workload: Workload, marks: Mapping[Path, Mark] | None = None) -> Plan:
+def lower(loaded: Loaded[Spec], workload: Workload) -> Plan:
     """Trace a spec and run every program on fake tensors."""
-    marks = marks or {}
+    spec, marks = loaded.spec, loaded.marks
     trace = Trace(spec)
     try:
         root = trace.component(spec.model, ("model",), "other")
@@ -58,18 +64,10 @@ def lower(spec: Spec, workload: Workload, marks: Mapping[Path, Mark] | None = No
                 results[program] = shapes.run(root, program, example)
     except ShapeError as error:
         raise PlanError(_problem(error, marks)) from error
-    return Plan(spec, root, workload, trace.records, results, marks)
+    return Plan(spec, root, workload, trace.records, results, marks, loaded.data)
 
 
 def _problem(error: ShapeError, marks: Mapping[Path, Mark]) -> Problem:
     """The error at the line of the innermost section that the spec has."""
-    path = error.path
-    while path and path not in marks:
-        path = path[:-1]
     note = f"traced at {error.traced_at}" if error.traced_at else None
-    return Problem(str(error), mark=marks.get(path), path=path, note=note)
-
-
-def default_dtype(spec: Spec) -> torch.dtype:
-    """The dtype of parameters that emitted code need not name."""
-    return spec.precision.parameter_dtype
+    return Problem(str(error), mark=locate(marks, error.path), path=error.path, note=note)

@@ -1,0 +1,124 @@
+"""The Python interface: a spec in, a plan, an estimate, a package or a module out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moegen.arch.spec import Spec
+from moegen.backend import backend as find_backend
+from moegen.emit.package import Package, package
+from moegen.emit.write import differences, write
+from moegen.errors import PackageError
+from moegen.planner import Plan, Workload, lower
+from moegen.spec.load import Loaded, load_file
+from moegen.spec.load import load as load_source
+from moegen.spec.names import identifier
+from moegen.spec.source import read_text
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | Loaded[Spec] | Plan
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+def load(source: Source, overrides: Overrides = ()) -> Loaded[Spec]:
+    """Read and validate a spec: a file's path, or its data as a mapping.
+
+    overrides: `["moe.experts.count=64"]` or `{"moe.experts.count": 64}`.
+    """
+    if isinstance(source, Plan):
+        return Loaded(source.spec, dict(source.data), dict(source.marks), ())
+    if isinstance(source, Loaded):
+        return source
+    changes = _strings(overrides)
+    if isinstance(source, Mapping):
+        from moegen.spec.load import resolved_yaml
+
+        text = read_text(resolved_yaml(dict(source)), "<mapping>", changes)
+        return Loaded(load_source(Spec, text), text.data, text.marks, text.files)
+    return load_file(Spec, source, changes)
+
+
+def plan(
+    source: Source, overrides: Overrides = (), *, batch: int = 1, sequence: int | None = None
+) -> Plan:
+    """Lower a spec to components of known shape and cost, for a batch of sequences."""
+    if isinstance(source, Plan) and not overrides and sequence is None:
+        return source
+    loaded = load(source, overrides)
+    length = sequence or min(4096, loaded.spec.model.max_sequence)
+    return lower(loaded, Workload(batch, length))
+
+
+def estimate(source: Source, overrides: Overrides = (), **workload: Any) -> Any:
+    """Parameters, FLOPs and memory of a spec, read off the graph that is emitted."""
+    from moegen.estimator import estimate as of_plan
+
+    planned = {k: workload.pop(k) for k in ("batch", "sequence") if k in workload}
+    return of_plan(plan(source, overrides, **planned), **workload)
+
+
+def build(
+    source: Source,
+    out: str | os.PathLike[str] | None = None,
+    overrides: Overrides = (),
+    *,
+    backend: str = "eager",
+    force: bool = False,
+) -> Path:
+    """Write a spec's model as a package of Python files; the folder it is in.
+
+    out: the folder; `generated/NAME` below the current one unless given.
+    """
+    made = package(plan(source, overrides), find_backend(backend))
+    folder = Path(out) if out is not None else Path("generated") / identifier(made.name)
+    write(made, folder, force=force)
+    return folder
+
+
+def check(folder: str | os.PathLike[str]) -> list[str]:
+    """What in a package differs from what its own spec.yaml gives; nothing if it is faithful."""
+    return differences(Path(folder), _again)
+
+
+def _again(spec: Path, backend: str) -> Package:
+    return package(plan(spec), find_backend(backend))
+
+
+def module(source: Source, overrides: Overrides = (), *, backend: str = "eager") -> ModuleType:
+    """Import a spec's model without keeping its files: the package that `build` would write."""
+    made = package(plan(source, overrides), find_backend(backend))
+    folder = Path(tempfile.mkdtemp(prefix="moegen-")) / identifier(made.name)
+    write(made, folder, force=False)
+    return import_package(folder)
+
+
+def import_package(folder: Path) -> ModuleType:
+    """Import a package from a folder that is not on Python's path, under a name of its own."""
+    name = f"moegen_generated_{abs(hash(str(folder.resolve()))):x}_{folder.name}"
+    place = folder / "__init__.py"
+    found = importlib.util.spec_from_file_location(name, place)
+    if found is None or found.loader is None or not place.is_file():
+        raise PackageError(f"{folder} is not a package; `moegen build` makes one")
+    made = importlib.util.module_from_spec(found)
+    sys.modules[name] = made
+    found.loader.exec_module(made)
+    return made
+
+
+def _strings(overrides: Overrides) -> list[str]:
+    if isinstance(overrides, Mapping):
+        return [f"{path}={_flow(value)}" for path, value in overrides.items()]
+    return list(overrides)
+
+
+def _flow(value: Any) -> str:
+    """A Python value as YAML on one line."""
+    import json
+
+    return json.dumps(value)

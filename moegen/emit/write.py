@@ -1,0 +1,109 @@
+"""Writes packages to disk, file by file, whole or not at all, and never over a user's edits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from moegen.emit.package import Package
+from moegen.errors import PackageError, Problem
+
+
+def write(package: Package, folder: Path, *, force: bool) -> list[str]:
+    """Write a package's files into `folder`; the names of those that changed.
+
+    Refuses a folder that holds something else, and files that were edited since they were
+    generated, unless `force`. Touches nothing outside `folder`; plan.json is written last.
+    """
+    if not force:
+        _refuse_foreign(folder)
+        _refuse_edited(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        order = sorted(package.files, key=lambda name: (name == "plan.json", name))
+        stale = _recorded(folder).keys() - package.files.keys()
+        changed = [name for name in order if _write(folder / name, package.files[name])]
+        for name in sorted(stale):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise PackageError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return changed
+
+
+def differences(folder: Path, rebuild: Callable[[Path, str], Package]) -> list[str]:
+    """Sentences on every file of a package that is not what its spec.yaml gives."""
+    facts = _facts(folder)
+    made = rebuild(folder / "spec.yaml", str(facts.get("backend", "eager")))
+    out = []
+    for name, text in made.files.items():
+        place = folder / name
+        if not place.is_file():
+            out.append(f"{name} is missing")
+        elif place.read_text(encoding="utf-8") != text:
+            out.append(f"{name} differs from what the spec gives")
+    return out
+
+
+def _write(place: Path, text: str) -> bool:
+    """Put a file in place in one step; whether it changed."""
+    if not place.is_symlink() and place.is_file():
+        if place.read_bytes() == text.encode():
+            return False
+    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(place)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise PackageError(f"{folder} is a file; give another place with --out")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "plan.json").is_file():
+        hint = "give another place with --out, or --force to write into it"
+        raise PackageError(Problem(f"{folder} holds files that are not a model's", hint=hint))
+
+
+def _refuse_edited(folder: Path) -> None:
+    edited = []
+    for name, recorded in _recorded(folder).items():
+        place = folder / name
+        if place.is_file() and _hash(place) != recorded:
+            edited.append(name)
+    if edited:
+        hint = "keep them by giving another place with --out, or give them up with --force"
+        names = ", ".join(edited)
+        raise PackageError(Problem(f"edited since they were generated: {names}", hint=hint))
+
+
+def _recorded(folder: Path) -> Mapping[str, str]:
+    """The files of a package with their hashes, as its plan.json tells; nothing if none."""
+    if not (folder / "plan.json").is_file():
+        return {}
+    files = _facts(folder).get("files")
+    plain = isinstance(files, dict) and all(Path(n).name == n for n in files)
+    return files if isinstance(files, dict) and plain else {}
+
+
+def _facts(folder: Path) -> dict[str, object]:
+    place = folder / "plan.json"
+    try:
+        facts = json.loads(place.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PackageError(f"{folder} is not a model's package: it has no plan.json") from None
+    except (OSError, ValueError) as error:
+        raise PackageError(f"cannot read {place}: {error}") from error
+    return facts if isinstance(facts, dict) else {}
+
+
+def _hash(place: Path) -> str:
+    return hashlib.sha256(place.read_bytes()).hexdigest()[:16]
