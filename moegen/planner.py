@@ -12,6 +12,8 @@ from moegen.arch.spec import Spec
 from moegen.errors import Mark, PlanError, Problem
 from moegen.graph.builder import Trace
 from moegen.graph.component import Component
+from moegen.graph.verify import verify
+from moegen.passes.cost import Costs, Summary
 from moegen.passes.shapes import ShapeError, Shapes
 from moegen.spec.element import Path
 from moegen.spec.load import Loaded
@@ -35,6 +37,7 @@ class Plan:
     workload: Workload
     records: Mapping[str, type[tuple[Any, ...]]]
     results: Mapping[str, Any]
+    costs: Mapping[str, Summary]
     marks: Mapping[Path, Mark] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,16 +58,21 @@ def lower(loaded: Loaded[Spec], workload: Workload) -> Plan:
     try:
         root = trace.component(spec.model, ("model",), "other")
         mode = FakeTensorMode()
-        shapes = Shapes(mode)
         results: dict[str, Any] = {}
+        costs: dict[str, Summary] = {}
+        verify(root)
         for program, inputs in spec.model.examples(workload.batch, workload.sequence).items():
             if program in root.programs:
                 with mode:
                     example = inputs(results)
-                results[program] = shapes.run(root, program, example)
+                results[program] = Shapes(mode).run(root, program, example)
+                verify(root, program)
+                costs[program] = Costs().of(root, program)
+                if program == "forward":
+                    costs["forward, checkpointed"] = Costs(("layers",)).of(root, program)
     except ShapeError as error:
         raise PlanError(_problem(error, marks)) from error
-    return Plan(spec, root, workload, trace.records, results, marks, loaded.data)
+    return Plan(spec, root, workload, trace.records, results, costs, marks, loaded.data)
 
 
 def _problem(error: ShapeError, marks: Mapping[Path, Mark]) -> Problem:

@@ -43,8 +43,9 @@ class Block(Layer):
         x = self._attention(b, x, context)
         h = self._before(b, "ffn_norm", x)
         if self.moe:
-            out, routing = b.child("moe", self.moe, h, context.valid, path=self.moe_path)
-            return self._after(b, "ffn_norm", x, out), (routing,)
+            out, routing = self._routed(b, h, context.valid)
+            x = self._after(b, "ffn_norm", x, out)
+            return self._extra(b, x), (routing,)
         x = self._after(b, "ffn_norm", x, self._dense(b, h))
         return (x, ()) if self.routing else x
 
@@ -52,8 +53,8 @@ class Block(Layer):
         """x [B, T, d] to [B, T, d] with this layer's cache."""
         x = self._attention(b, x, context, cache)
         h = self._before(b, "ffn_norm", x)
-        out = b.child("moe", self.moe, h, path=self.moe_path) if self.moe else self._dense(b, h)
-        return self._after(b, "ffn_norm", x, out)
+        out = self._routed(b, h) if self.moe else self._dense(b, h)
+        return self._extra(b, self._after(b, "ffn_norm", x, out))
 
     def new_cache(self, b: Builder, batch: Any, length: Any) -> Any:
         """What attention keeps between steps."""
@@ -62,8 +63,7 @@ class Block(Layer):
 
     def update_balance(self, b: Builder, load: Any) -> Any:
         """Pass on to the router."""
-        assert self.moe is not None
-        return b.child("moe", self.moe, load, path=self.moe_path)
+        return self._routed(b, load)
 
     # Branches
 
@@ -73,9 +73,21 @@ class Block(Layer):
         out = b.child("attention", self.attention, h, *rest, path=path, role="attention")
         return self._after(b, "attention_norm", x, out)
 
+    def _routed(self, b: Builder, *inputs: Any) -> Any:
+        return b.child("moe", self.moe, *inputs, path=self.moe_path, role="routed_experts")
+
     def _dense(self, b: Builder, h: Any) -> Any:
         assert self.ffn is not None
         return b.child("ffn", self.ffn, h, path=("model", "ffn"), role="dense")
+
+    def _extra(self, b: Builder, x: Any) -> Any:
+        """The dense branch after a routed one, where there is one."""
+        if not (self.moe and self.moe.extra):
+            return x
+        h = self._before(b, "extra_norm", x)
+        path = (*self.moe_path, "extra")
+        out = b.child("extra", self.moe.extra, h, path=path, role="dense")
+        return self._after(b, "extra_norm", x, out)
 
     def _before(self, b: Builder, name: str, x: Any) -> Any:
         if self.norm.placement in ("pre", "sandwich"):

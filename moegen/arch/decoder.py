@@ -137,6 +137,7 @@ class Decoder(Model):
     def examples(self, batch: Any, sequence: Any, new: int = 1) -> dict[str, Any]:
         """Inputs of each program, in the order to run them; a function of results so far.
 
+        Parts that decoding and training share keep the shapes of the last: training's.
         `new` tokens are decoded against a cache of `sequence` positions.
         """
 
@@ -144,10 +145,10 @@ class Decoder(Model):
             return torch.zeros(shape, dtype=torch.int64)
 
         return {
-            "forward": lambda done: (tokens(batch, sequence), None),
-            "loss": lambda done: (done["forward"].logits, tokens(batch, sequence)),
             "new_cache": lambda done: (batch, sequence),
             "step": lambda done: (tokens(batch, new), tokens(), done["new_cache"]),
+            "forward": lambda done: (tokens(batch, sequence), None),
+            "loss": lambda done: (done["forward"].logits, tokens(batch, sequence)),
             "update_balance": lambda done: (done["forward"].routing,),
         }
 

@@ -89,6 +89,9 @@ class MoE(Layer):
     residual: FeedForward | None = Field(
         None, description="a dense network whose output is added to the routed one's"
     )
+    extra: FeedForward | None = Field(
+        None, description="a dense network on a branch of its own after the routed one (ST-MoE)"
+    )
     router: Router = Field(Router(), description="how tokens find experts")
     capacity: Capacity | None = Field(None, description="bound on an expert's rows; null: none")
     losses: Losses = Field({}, description="auxiliary losses by name: balance, z, ...")
@@ -97,7 +100,7 @@ class MoE(Layer):
     @model_validator(mode="before")
     @classmethod
     def _no_capacity(cls, value: Any) -> Any:
-        parts = ("capacity", "shared", "residual")
+        parts = ("capacity", "shared", "residual", "extra")
         if isinstance(value, dict) and any(value.get(p) == "none" for p in parts):
             return {k: None if k in parts and v == "none" else v for k, v in value.items()}
         return value

@@ -20,6 +20,7 @@ class Norm(Kinds):
     default_kind: ClassVar[str | None] = "rms"
 
     eps: float = Field(1e-6, gt=0, le=1, description="added to the variance")
+    scale: bool = Field(True, description="whether there is a learned scale")
     placement: NormPlacement = Field(
         "pre",
         description="pre: on a branch's input; output: on its output; sandwich: on both; "
@@ -30,6 +31,9 @@ class Norm(Kinds):
         """Normalise x [..., width] with parameters called `name`."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
+    def _scale(self, b: Builder, name: str, width: int) -> Any:
+        return b.param(name, width, init=ONES, role="norms") if self.scale else None
+
 
 class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019)."""
@@ -38,7 +42,7 @@ class RMSNorm(Norm):
 
     def apply(self, b: Builder, name: str, x: Any, width: int) -> Any:
         """Normalise x [..., width] with a parameter called `name`."""
-        scale = b.param(name, width, init=ONES, role="norms")
+        scale = self._scale(b, name, width)
         return F.rms_norm(x, (width,), scale, self.eps)
 
 
@@ -50,6 +54,6 @@ class LayerNorm(Norm):
 
     def apply(self, b: Builder, name: str, x: Any, width: int) -> Any:
         """Normalise x [..., width] with parameters called `name` and `name`_bias."""
-        scale = b.param(name, width, init=ONES, role="norms")
+        scale = self._scale(b, name, width)
         bias = b.param(f"{name}_bias", width, init=ZEROS, role="norms") if self.bias else None
         return F.layer_norm(x, (width,), scale, bias, self.eps)

@@ -13,10 +13,11 @@ from torch import fx
 
 from moegen.emit.annotate import annotation, of_output
 from moegen.emit.body import Body, Statement
-from moegen.emit.expression import constant, function_name
+from moegen.emit.expression import constant
 from moegen.emit.layout import lay_out
 from moegen.emit.loops import roll
 from moegen.graph import meta
+from moegen.graph.functions import function_name
 from moegen.graph.component import Buffer, Component, Init, Weight
 
 Docs = Callable[[Component], str]

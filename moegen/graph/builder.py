@@ -93,7 +93,7 @@ class Trace:
         key = (type(element), element.model_dump_json(), path, role)
         known = self.components.get(key)
         if known is None:
-            known = Component(element, self._class_name(element), path)
+            known = Component(element, self._class_name(element), path, role)
             for program in element.programs():
                 Builder(self, known, program, role).trace_program()
             self.components[key] = known

@@ -69,6 +69,7 @@ class Component:
     element: Layer
     class_name: str
     path: Path
+    role: str
     weights: dict[str, Weight] = field(default_factory=dict)
     buffers: dict[str, Buffer] = field(default_factory=dict)
     children: dict[str, Component] = field(default_factory=dict)

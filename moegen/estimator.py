@@ -1,0 +1,227 @@
+"""Reads a plan's numbers off its graph: parameters, FLOPs, memory, and whether a GPU holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from moegen.gpus import GPUS, Gpu
+from moegen.graph.component import Component, Weight
+from moegen.optimizers import OPTIMIZERS
+from moegen.parameters import Counts, count
+from moegen.passes.cost import Summary
+from moegen.passes.refs import size
+from moegen.planner import Plan
+
+Certainty = Literal["exact", "bound", "assumed"]
+
+ALLOWANCE = 1024**3  # bytes: CUDA context, libraries' workspaces, fragmentation
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one token for one role: forward, and backward (with recomputation, if any)."""
+
+    forward: Fraction
+    backward: Fraction
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a memory table: bytes, how sure they are, and why."""
+
+    name: str
+    bytes: int
+    certainty: Certainty
+    note: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Lines that add up to what a GPU must hold."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def total(self) -> int:
+        """All lines together, bytes."""
+        return sum(line.bytes for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a GPU holds what is asked, and what to change if it does not."""
+
+    gpu: Gpu
+    training: bool
+    inference: bool
+    advice: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that `moegen estimate` prints.
+
+    counts: parameters by role and the active counts; flops: of one token by role, averaged over
+    a causal sequence; decode_flops: of one new token after a full context; weight_bytes: by
+    role; cache_bytes: for batch sequences of the context's length; training and inference: what
+    a single GPU must hold.
+    """
+
+    plan: Plan
+    counts: Counts
+    flops: dict[str, Flops]
+    decode_flops: Fraction
+    weight_bytes: dict[str, int]
+    cache_bytes: int
+    optimizer: str
+    checkpointing: bool
+    training: Memory
+    inference: Memory
+    fit: Fit | None
+
+    @property
+    def forward_flops(self) -> Fraction:
+        """FLOPs of one token's forward pass, all roles."""
+        return sum((f.forward for f in self.flops.values()), Fraction(0))
+
+    @property
+    def training_flops(self) -> Fraction:
+        """FLOPs of one token's forward and backward pass, all roles."""
+        return sum((f.forward + f.backward for f in self.flops.values()), Fraction(0))
+
+    @property
+    def cache_bytes_per_token(self) -> Fraction:
+        """Cache bytes of one position of one sequence, averaged over the context."""
+        work = self.plan.workload
+        return Fraction(self.cache_bytes, work.batch * work.sequence)
+
+
+def estimate(
+    plan: Plan,
+    *,
+    optimizer: str = "adamw-mixed",
+    checkpointing: bool = False,
+    gpu: str | None = None,
+) -> Estimate:
+    """The estimate of a plan at its workload; raises KeyError for unknown names."""
+    forward = plan.costs["forward, checkpointed" if checkpointing else "forward"]
+    tokens = plan.workload.batch * plan.workload.sequence
+    step = plan.costs["step"]
+    totals = plan.root.totals()
+    training = _training(plan, forward, optimizer, checkpointing)
+    inference = _inference(plan, step)
+    made = Estimate(
+        plan=plan,
+        counts=count(plan.root, tied=plan.spec.model.head.tied),
+        flops=_per_token(forward, plan.costs["loss"], tokens),
+        decode_flops=Fraction(sum(step.flops.values()), plan.workload.batch),
+        weight_bytes={role: weight for role, (_, _, weight) in totals.items()},
+        cache_bytes=size(plan.results["new_cache"]),
+        optimizer=optimizer,
+        checkpointing=checkpointing,
+        training=training,
+        inference=inference,
+        fit=None,
+    )
+    if gpu is None:
+        return made
+    from dataclasses import replace
+
+    return replace(made, fit=_fit(made, GPUS[gpu]))
+
+
+def _per_token(forward: Summary, loss: Summary, tokens: int) -> dict[str, Flops]:
+    roles = sorted(set(forward.flops) | set(loss.flops))
+    rows = {
+        role: Flops(
+            Fraction(forward.flops[role] + loss.flops[role], tokens),
+            Fraction(forward.backward[role] + loss.backward[role], tokens),
+        )
+        for role in roles
+    }
+    return {role: row for role, row in rows.items() if row.forward}
+
+
+def weights(root: Component) -> Iterator[tuple[Weight, int]]:
+    """Every distinct parameter with the number of its copies in the model."""
+    sites: dict[int, int] = {}
+    components: dict[int, Component] = {}
+    for _, component in root.walk():
+        sites[id(component)] = sites.get(id(component), 0) + 1
+        components[id(component)] = component
+    for key, component in components.items():
+        for weight in component.weights.values():
+            yield weight, sites[key]
+
+
+def _training(plan: Plan, forward: Summary, optimizer: str, checkpointing: bool) -> Memory:
+    scheme = OPTIMIZERS[optimizer]
+    loss = plan.costs["loss"]
+    held = list(weights(plan.root))
+    parameters = sum(w.bytes * n for w, n in held)
+    gradients = sum(scheme.gradient(w) * n for w, n in held)
+    state = sum(scheme.state(w) * n for w, n in held)
+    saved = forward.saved + size(plan.results["forward"].logits) + loss.saved
+    peak = max(
+        forward.peak_forward, loss.peak_forward, loss.peak_backward, forward.peak_backward
+    )
+    kept = "layers' inputs and what lies outside layers" if checkpointing else "each tensor once"
+    return Memory(
+        (
+            Line("parameters", parameters, "exact", "as the spec's precision keeps them"),
+            Line("gradients", gradients, "exact", scheme.gradient_note),
+            Line("optimizer state", state, "exact", scheme.note),
+            Line("saved activations", saved, "bound", f"{kept}; routed rows at their maximum"),
+            Line("peak temporary", peak, "bound", "values and gradients alive at once"),
+            Line("allowance", ALLOWANCE, "assumed", "CUDA context, workspaces, fragmentation"),
+        )
+    )
+
+
+def _inference(plan: Plan, step: Summary) -> Memory:
+    parameters = sum(w.bytes * n for w, n in weights(plan.root))
+    work = plan.workload
+    context = f"{work.batch} x {work.sequence} positions"
+    return Memory(
+        (
+            Line("parameters", parameters, "exact", "as the spec's precision keeps them"),
+            Line("cache", size(plan.results["new_cache"]), "exact", context),
+            Line("peak temporary", step.saved + step.peak_forward, "bound", "one decoding step"),
+            Line("allowance", ALLOWANCE, "assumed", "CUDA context, workspaces, fragmentation"),
+        )
+    )
+
+
+def _fit(made: Estimate, gpu: Gpu) -> Fit:
+    training = made.training.total <= gpu.memory
+    inference = made.inference.total <= gpu.memory
+    return Fit(gpu, training, inference, tuple(_advice(made, gpu, training, inference)))
+
+
+def _advice(made: Estimate, gpu: Gpu, training: bool, inference: bool) -> Iterator[str]:
+    """What to change so that it fits, the cheapest first."""
+    lines = {line.name: line.bytes for line in made.training.lines}
+    over = made.training.total - gpu.memory
+    if not training:
+        saved = lines["saved activations"]
+        if not made.checkpointing:
+            kept = estimate(made.plan, optimizer=made.optimizer, checkpointing=True)
+            less = made.training.total - kept.training.total
+            if less > 0:
+                verdict = ", which is enough" if less >= over else ""
+                yield f"--checkpointing frees {less / 1e9:.1f} GB{verdict}"
+        if saved >= over and made.plan.workload.batch > 1:
+            yield "a smaller --batch: saved activations alone are more than what is missing"
+        for name, scheme in OPTIMIZERS.items():
+            state = sum((scheme.state(w) + scheme.gradient(w)) * n for w, n in weights(made.plan.root))
+            less = lines["optimizer state"] + lines["gradients"] - state
+            if less >= over > 0:
+                yield f"--optimizer {name} frees {less / 1e9:.1f} GB, which is enough"
+        ranks = -(-made.training.total // gpu.memory)
+        yield f"at least {ranks} of these GPUs with everything sharded evenly (FSDP2)"
+    if not inference:
+        ranks = -(-made.inference.total // gpu.memory)
+        yield f"inference needs at least {ranks} of these GPUs, weights and cache sharded evenly"

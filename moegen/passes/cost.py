@@ -1,0 +1,340 @@
+"""Annotates every node with what it costs, and sums programs: FLOPs, traffic, memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from moegen.graph import meta
+from moegen.graph.component import Component
+from moegen.ops import torch_costs
+from moegen.ops.op import op_of
+from moegen.passes.refs import Ref, at, resolve, size
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one node: FLOPs forward and backward, bytes moved forward, bytes kept for backward.
+
+    `saved` counts a tensor at every node that keeps it; the program's sum counts it once.
+    """
+
+    flops: int = 0
+    backward: int = 0
+    moved: int = 0
+    saved: int = 0
+
+
+@dataclass
+class Summary:
+    """Of one program of a component, all it calls included.
+
+    flops and backward by role; saved: bytes kept for backward, each tensor once, inputs aside;
+    kept: the tensors behind that, inputs as references to placeholders; peak_forward and
+    peak_backward: the most bytes alive at once beside those kept.
+    """
+
+    flops: Counter[str] = field(default_factory=Counter)
+    backward: Counter[str] = field(default_factory=Counter)
+    moved: int = 0
+    saved: int = 0
+    kept: set[Ref] = field(default_factory=set)
+    peak_forward: int = 0
+    peak_backward: int = 0
+
+
+class Costs:
+    """Summaries of components' programs, after the shapes pass; each is made once.
+
+    recompute: names of children that are checkpointed: only their inputs are kept, and the
+    rest is computed again in the backward pass.
+    """
+
+    def __init__(self, recompute: tuple[str, ...] = ()) -> None:
+        """Sum with or without checkpointing."""
+        self.recompute = recompute
+        self.summaries: dict[tuple[int, str], Summary] = {}
+
+    def of(self, component: Component, program: str = "forward") -> Summary:
+        """The summary of a program."""
+        key = (id(component), program)
+        if key not in self.summaries:
+            self.summaries[key] = _Program(self, component, program).summary()
+        return self.summaries[key]
+
+    def checkpointed(self, name: str) -> bool:
+        """Whether a child is computed again in the backward pass."""
+        return name.split(".")[0] in self.recompute
+
+
+class _Program:
+    """One program while its costs are summed."""
+
+    def __init__(self, costs: Costs, component: Component, program: str) -> None:
+        self.costs = costs
+        self.component = component
+        self.graph = component.programs[program].graph
+        self.nodes = list(self.graph.nodes)
+        self.grads = _gradients(self.nodes, component)
+        self.out = Summary()
+
+    def summary(self) -> Summary:
+        """Costs of every node and their sums."""
+        for node in self.nodes:
+            if node.op == "call_module":
+                self._call(node)
+            elif node.op in ("call_function", "call_method"):
+                cost = self._cost(node)
+                node.meta[meta.COST] = cost
+                role = _role(node, self.component)
+                self.out.flops[role] += cost.flops
+                self.out.backward[role] += cost.backward
+                self.out.moved += cost.moved
+        self.out.saved += sum(
+            size(at(meta.val(ref.node), ref.path))
+            for ref in self.out.kept
+            if ref.node.op not in ("placeholder", "get_attr")
+        )
+        self.out.peak_forward = self._peak_forward()
+        self.out.peak_backward = self._peak_backward()
+        return self.out
+
+    # Nodes
+
+    def _child(self, node: fx.Node) -> tuple[Component, Summary]:
+        child = self.component.children[str(node.target)]
+        return child, self.costs.of(child, meta.method(node))
+
+    def _call(self, node: fx.Node) -> None:
+        child, below = self._child(node)
+        self.out.flops += below.flops
+        self.out.backward += below.backward
+        self.out.moved += below.moved
+        if self.costs.checkpointed(str(node.target)):
+            self.out.backward += below.flops  # once more forward
+            self._keep(ref for ref in map(Ref, node.all_input_nodes) if self._is_float(ref.node))
+            return
+        self.out.saved += below.saved
+        inputs = self._inputs(child, meta.method(node), node)
+        outer = (Ref(inputs[r.node.name], r.path) for r in below.kept if r.node.name in inputs)
+        self._keep(outer)
+
+    def _inputs(self, child: Component, method: str, node: fx.Node) -> dict[str, fx.Node]:
+        """The nodes behind a child's placeholders."""
+        holders = (n for n in child.programs[method].graph.nodes if n.op == "placeholder")
+        pairs = zip(holders, node.args, strict=True)
+        return {p.name: a for p, a in pairs if isinstance(a, fx.Node)}
+
+    def _cost(self, node: fx.Node) -> Cost:
+        value = meta.val(node)
+        moved = 0
+        if isinstance(value, (Tensor, tuple)) and resolve(Ref(node), self._through) == Ref(node):
+            moved = size(value) + sum(size(meta.val(i)) for i in node.all_input_nodes)
+        flops, backward = self._flops(node)
+        if not self.grads[node]:
+            return Cost(flops, 0, moved, 0)
+        kept = list(self._saves(node))
+        self._keep(kept)
+        extra = self._extra(node)
+        self.out.saved += extra
+        saved = extra + sum(size(at(meta.val(r.node), r.path)) for r in kept)
+        return Cost(flops, backward, moved, saved)
+
+    def _flops(self, node: fx.Node) -> tuple[int, int]:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta.val)
+        known = op_of(node.target)
+        if known:
+            flops = known.flops(*args, **kwargs) if known.flops else 0
+            ratio = known.backward
+        else:
+            formula = torch_costs.FLOPS.get(node.target)
+            flops = formula(meta.val(node), *args, **kwargs) if formula else 0
+            ratio = torch_costs.BACKWARD.get(node.target, 2.0)
+        if not self.grads[node]:
+            return int(flops), 0
+        first = node.args[0] if node.args else None
+        if ratio == 2.0 and isinstance(first, fx.Node) and not self.grads[first]:
+            ratio = 1.0  # a matrix product whose input needs no gradient
+        return int(flops), int(flops * ratio)
+
+    def _saves(self, node: fx.Node) -> Iterator[Ref]:
+        """The tensors that a node keeps for backward."""
+        known = op_of(node.target)
+        if known:
+            yield from self._op_saves(node, known)
+            return
+        for what in torch_costs.SAVES.get(node.target, ()):
+            if what == "out":
+                yield Ref(node)
+            elif what == "factors":
+                yield from self._factors(node)
+            else:
+                value = node.kwargs.get(what) if isinstance(what, str) else _argument(node, what)
+                if isinstance(value, fx.Node) and isinstance(meta.val(value), Tensor):
+                    yield Ref(value)
+
+    def _op_saves(self, node: fx.Node, known: Any) -> Iterator[Ref]:
+        import inspect
+
+        bound = inspect.signature(known.reference).bind(*node.args, **node.kwargs).arguments
+        saves = known.saves
+        if callable(saves):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta.val)
+            saves = saves(*args, **kwargs)
+        for name in saves:
+            if name.startswith("out"):
+                index = name.partition(".")[2]
+                yield Ref(node, (int(index),) if index else ())
+            elif isinstance(bound.get(name), fx.Node):
+                yield Ref(bound[name])
+
+    def _factors(self, node: fx.Node) -> Iterator[Ref]:
+        a, b = node.args[0], node.args[1]
+        for one, other in ((a, b), (b, a)):
+            both = isinstance(one, fx.Node) and isinstance(other, fx.Node)
+            if both and self.grads[other] and isinstance(meta.val(one), Tensor):
+                yield Ref(one)
+
+    def _extra(self, node: fx.Node) -> int:
+        known = op_of(node.target)
+        formula = known.extra if known else torch_costs.EXTRA.get(node.target)
+        if formula is None:
+            return 0
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta.val)
+        return int(formula(*args, **kwargs))
+
+    # Kept tensors
+
+    def _keep(self, refs: Any) -> None:
+        for ref in refs:
+            source = resolve(ref, self._through)
+            if source is not None and source.node.op != "get_attr":
+                self.out.kept.add(source)
+
+    def _through(self, node: fx.Node, path: tuple[str | int, ...]) -> Ref | None:
+        """What a child's result is to its caller: its own input, kept by the child, or new."""
+        child, below = self._child(node)
+        if self.costs.checkpointed(str(node.target)):
+            return Ref(node, path)
+        graph = child.programs[meta.method(node)].graph
+        last = next(iter(reversed(graph.nodes)))
+        result: Any = last.args[0]
+        while path and isinstance(result, (tuple, list)):
+            index = path[0]
+            if not isinstance(index, int):
+                break
+            result, path = result[index], path[1:]
+        if not isinstance(result, fx.Node):
+            return Ref(node, path)
+        inner = _Program._resolver(self.costs, child, meta.method(node))
+        source = resolve(Ref(result, path), inner)
+        if source is None or source in below.kept and source.node.op != "placeholder":
+            return None
+        if source.node.op == "placeholder":
+            outer = self._inputs(child, meta.method(node), node).get(source.node.name)
+            return Ref(outer, source.path) if outer is not None else None
+        return Ref(node, path)
+
+    @staticmethod
+    def _resolver(costs: Costs, child: Component, program: str) -> Any:
+        made = _Program.__new__(_Program)
+        made.costs, made.component = costs, child
+        made.graph = child.programs[program].graph
+        return made._through
+
+    # Peaks
+
+    def _is_float(self, node: fx.Node) -> bool:
+        value = node.meta.get(meta.VAL)
+        return isinstance(value, Tensor) and value.is_floating_point()
+
+    def _own(self, node: fx.Node) -> int:
+        """Bytes of a node's value where it is new memory that is not kept for backward."""
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return 0
+        source = resolve(Ref(node), self._through)
+        if source != Ref(node) or source in self.out.kept:
+            return 0
+        value = meta.val(node)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return 0  # a record holds what other nodes made
+        return size(value)
+
+    def _peak_forward(self) -> int:
+        last = {node: max((self.nodes.index(u) for u in node.users), default=-1) for node in self.nodes}
+        alive: dict[fx.Node, int] = {}
+        peak = 0
+        for place, node in enumerate(self.nodes):
+            inside = self._child(node)[1].peak_forward if node.op == "call_module" else 0
+            if node.op == "call_module" and self.costs.checkpointed(str(node.target)):
+                inside += self._child(node)[1].saved
+            alive[node] = self._own(node)
+            peak = max(peak, sum(alive.values()) + inside)
+            alive = {n: b for n, b in alive.items() if last[n] > place}
+        return peak
+
+    def _peak_backward(self) -> int:
+        """Gradients alive at once, walking backwards, on top of a child's own."""
+        alive: dict[fx.Node, int] = {}
+        peak = 0
+        for node in reversed(self.nodes):
+            if node.op == "output" or not self.grads.get(node):
+                continue
+            value = node.meta.get(meta.VAL)
+            alive.setdefault(node, size(value) if isinstance(value, Tensor) else 0)
+            for source in node.all_input_nodes:
+                if self.grads.get(source) and source.op not in ("get_attr",):
+                    part = source.meta.get(meta.VAL)
+                    alive.setdefault(source, size(part) if isinstance(part, Tensor) else 0)
+            inside = 0
+            if node.op == "call_module":
+                below = self._child(node)[1]
+                inside = below.peak_backward
+                if self.costs.checkpointed(str(node.target)):
+                    inside += below.saved
+            peak = max(peak, sum(alive.values()) + inside)
+            alive.pop(node, None)
+        return peak
+
+
+def _argument(node: fx.Node, index: int | str) -> Any:
+    return node.args[index] if isinstance(index, int) and index < len(node.args) else None
+
+
+def _gradients(nodes: list[fx.Node], component: Component) -> dict[fx.Node, bool]:
+    """Which values need a gradient: those computed from parameters or from the residual stream."""
+    out: dict[fx.Node, bool] = {}
+    for node in nodes:
+        value = node.meta.get(meta.VAL)
+        if node.op == "placeholder":
+            out[node] = isinstance(value, Tensor) and value.is_floating_point()
+        elif node.op == "get_attr":
+            out[node] = str(node.target) in component.weights
+        else:
+            out[node] = _may_flow(value) and any(out[n] for n in node.all_input_nodes)
+    return out
+
+
+def _may_flow(value: Any) -> bool:
+    """Whether a value holds a floating-point tensor."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    if isinstance(value, dict):
+        return any(map(_may_flow, value.values()))
+    return isinstance(value, (tuple, list)) and any(map(_may_flow, value))
+
+
+def _role(node: fx.Node, component: Component) -> str:
+    """What a node's work is for: the role of the parameter it uses, else its component's."""
+    for source in node.all_input_nodes:
+        while source.op == "call_method" and source.target == "to":
+            source = source.all_input_nodes[0]
+        weight = component.weights.get(str(source.target)) if source.op == "get_attr" else None
+        if weight is not None:
+            tied = weight.role == "embedding" and node.target in torch_costs.FLOPS
+            return "head" if tied else weight.role
+    return component.role
