@@ -97,4 +97,3 @@ class ZLoss(AuxiliaryLoss):
     def of_layer(self, b: Builder, scored: Scored, routed: Routed, probability: Any) -> Any:
         """The loss of this layer's logits."""
         return z_loss(scored.logits, scored.valid)
-

@@ -244,7 +244,9 @@ class MoE(Layer):
             if self.shared:
                 out = out + self._shared(b, tokens)
             if self.residual:
-                beside = b.child("residual", self.residual, tokens, path=("residual",), role="dense")
+                beside = b.child(
+                    "residual", self.residual, tokens, path=("residual",), role="dense"
+                )
                 out = out + beside
         return out
 

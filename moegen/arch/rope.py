@@ -56,7 +56,13 @@ class Llama3(Scaling):
         """A constant."""
         facts = {"factor": self.factor, "original": self.original, "low": self.low}
         return b.buffer(
-            name, dim // 2, make=ops.llama3_frequencies, dim=dim, theta=theta, **facts, high=self.high
+            name,
+            dim // 2,
+            make=ops.llama3_frequencies,
+            dim=dim,
+            theta=theta,
+            **facts,
+            high=self.high,
         )
 
 

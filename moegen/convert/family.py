@@ -10,7 +10,7 @@ from torch import Tensor
 from moegen.convert.layout import ConversionError, Held, Layout, Place, Source, layout
 from moegen.errors import Problem
 
-Rows = Mapping[Source, Source]  # ours: theirs
+Rows = dict[Source, Source]  # ours: theirs
 Part = Rows | tuple[Rows, ...]  # several: alternatives, of which exactly one applies
 
 
@@ -99,13 +99,13 @@ class _Conversion:
         for part in parts:
             choices = [self._pairs(rows) for rows in _each(part)]
             pairs = min(choices, key=lambda c: (len(self._missing(c, source)), -len(c)))
-            missing = set(self._missing(pairs, source))
+            missing = dict.fromkeys(self._missing(pairs, source))
             for name in missing:
                 self._amiss(f"{name} is missing: {self._side} needs it")
             for pair in pairs:
                 names = pair.source.names(self.held, source)
                 self.wanted.update(names)
-                if missing.isdisjoint(names):
+                if missing.keys().isdisjoint(names):
                     self._move(pair, names, source, target)
 
     def _missing(self, pairs: list[_Pair], place: Place) -> list[str]:

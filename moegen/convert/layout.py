@@ -157,13 +157,14 @@ class Concat:
 
     def write(self, value: Tensor, place: Place) -> Iterator[tuple[str, Tensor]]:
         """Split evenly."""
-        for source, part in zip(self.sources, value.unflatten(0, (len(self.sources), -1))):
+        parts = torch.unflatten(value, 0, (len(self.sources), -1))
+        for source, part in zip(self.sources, parts, strict=True):
             yield from layout(source).write(part, place)
 
 
 @dataclass(frozen=True)
-class Transposed:
-    """The last two dimensions the other way round."""
+class _Of:
+    """Another way to see one source."""
 
     source: Source
 
@@ -175,6 +176,11 @@ class Transposed:
     def names(self, held: Held, place: Place) -> list[str]:
         """Of the source."""
         return layout(self.source).names(held, place)
+
+
+@dataclass(frozen=True)
+class Transposed(_Of):
+    """The last two dimensions the other way round."""
 
     def read(self, held: Held, place: Place) -> Tensor:
         """Turned round."""
@@ -186,20 +192,10 @@ class Transposed:
 
 
 @dataclass(frozen=True)
-class Interleaved:
+class Interleaved(_Of):
     """Two halves laid out in turn, g0, u0, g1, u1, ..., that are wanted one after the other."""
 
-    source: Source
     dim: int
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """Of the source."""
-        return layout(self.source).patterns
-
-    def names(self, held: Held, place: Place) -> list[str]:
-        """Of the source."""
-        return layout(self.source).names(held, place)
 
     def read(self, held: Held, place: Place) -> Tensor:
         """The even ones, then the odd ones."""
@@ -212,7 +208,7 @@ class Interleaved:
 
 def _regroup(value: Tensor, dim: int, shape: tuple[int, int]) -> Tensor:
     """Exchange the two dimensions of `shape` that a dimension is made of."""
-    return value.unflatten(dim, shape).transpose(dim, dim + 1).flatten(dim, dim + 1)
+    return torch.unflatten(value, dim, shape).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def layout(source: Source) -> Layout:

@@ -6,7 +6,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from moegen.emit.expression import ATOM, Printer, Text
 from moegen.emit.layout import fits
@@ -55,6 +55,7 @@ class _Attempt:
         self.body = body
         self.nodes = list(body.graph.nodes)
         self.names: dict[fx.Node, str] = {}
+        self.used: set[str] = set()
         self.roots: list[tuple[fx.Node, str]] = []
         self.inlined: dict[fx.Node, list[fx.Node]] = {}
         self.printer = Printer(self.spell, body.plain)
@@ -81,6 +82,8 @@ class _Attempt:
     def _is_result(self, node: fx.Node) -> bool:
         """Whether a value is only returned, right after it is computed."""
         *_, before, last = self.nodes
+        if any(map(is_module_call, [node, *node.all_input_nodes])):
+            return False
         return before is node and last.args[0] is node and node not in self.body.forced
 
     def _parts(self, node: fx.Node) -> list[fx.Node]:
@@ -102,6 +105,7 @@ class _Attempt:
         for place, node in enumerate(self.nodes):
             if node.op == "placeholder":
                 self.names[node] = str(node.target)
+                self.used.add(str(node.target))
                 unpack = self._unpack(node, place)
                 if unpack:
                     out.append(Statement(unpack))
@@ -121,8 +125,11 @@ class _Attempt:
         parts = self._unpack(node, place, value)
         if parts:
             return parts
+        first = (meta.name(node) or _plain_name(node)) not in self.used
         name = self._take(node, place)
-        return f"{name} = {value}"
+        # A module's call has no type of its own.
+        typed = first and is_module_call(node) and isinstance(meta.val(node), Tensor)
+        return f"{name}{': Tensor' if typed else ''} = {value}"
 
     def _return(self, node: fx.Node) -> str:
         result = node.args[0]
@@ -155,6 +162,7 @@ class _Attempt:
         while name in busy:
             name, count = f"{wanted}_{count}", count + 1
         self.names[node] = name
+        self.used.add(name)
         return name
 
     def spell(self, node: fx.Node) -> Text:
@@ -168,6 +176,11 @@ class _Attempt:
         """The longest expression printed inside a statement, to be made one of its own."""
         inside = [n for n in self.inlined.get(node, []) if not _is_cheap(n)]
         return max(inside, key=lambda n: len(self.printer.node(n).code), default=None)
+
+
+def is_module_call(node: fx.Node) -> bool:
+    """Whether a node is `self.child(...)`, which type checkers know nothing of."""
+    return node.op == "call_module" and meta.method(node) == "forward"
 
 
 def _is_cheap(node: fx.Node) -> bool:

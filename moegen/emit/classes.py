@@ -67,6 +67,8 @@ class Classes:
     def _class(self, component: Component, last: bool) -> str:
         base = self.base if last else "nn.Module"
         lines = [f"class {component.class_name}({base}):", *_docstring(self.docs(component), 4), ""]
+        if component.buffers:
+            lines += [*(f"    {name}: Tensor" for name in component.buffers), ""]
         lines += self._constructor(component)
         lines += self._reset(component)
         printed: dict[str, list[str]] = {}
@@ -90,7 +92,9 @@ class Classes:
         for name, buffer in component.buffers.items():
             lines += lay_out(self._register(name, buffer), 8)
         for name, kinds in _stacks(component).items():
-            lines += lay_out(f"self.{name} = {kinds}", 8)
+            # Type checkers know nothing of what a ModuleList holds.
+            typed = ": Any" if kinds.startswith("nn.ModuleList") else ""
+            lines += lay_out(f"self.{name}{typed} = {kinds}", 8)
         if component.weights or component.buffers:
             lines.append("        self.reset_parameters()")
         return lines

@@ -41,6 +41,8 @@ _BINARY: dict[Any, tuple[str, int]] = {
     operator.eq: ("==", 20),
     operator.ne: ("!=", 20),
 }
+# Methods without annotations in torch, printed as the function of that name, which has them.
+_UNTYPED_METHODS = {"unflatten"}
 _PREFIX: dict[Any, str] = {operator.neg: "-", operator.invert: "~", operator.pos: "+"}
 
 # Builtins whose signatures Python cannot read, as far as elements leave something out.
@@ -75,6 +77,10 @@ class Printer:
             return Text(self._child(node), _CALL)
         if node.op == "call_method":
             receiver, *rest = node.args
+            if node.target in _UNTYPED_METHODS:
+                return Text(
+                    f"torch.{node.target}({self._arguments(node.args, node.kwargs)})", _CALL
+                )
             head = f"{self.value(receiver).within(_CALL)}.{node.target}"
             return Text(f"{head}({self._arguments(rest, node.kwargs)})", _CALL)
         assert node.op == "call_function", node.op
@@ -85,7 +91,9 @@ class Printer:
         path = re.sub(r"\.(\d+)", r"[\1]", str(node.target))
         method = meta.method(node)
         same = method == "forward" or f"{node.target}.{method}" in self.plain
-        return f"self.{path}{'' if same else '.' + method}({self._arguments(node.args, node.kwargs)})"
+        return (
+            f"self.{path}{'' if same else '.' + method}({self._arguments(node.args, node.kwargs)})"
+        )
 
     def _function(self, node: fx.Node) -> Text:
         target: Any = node.target
@@ -112,7 +120,9 @@ class Printer:
 
     def _index(self, index: Any) -> str:
         parts = index if isinstance(index, tuple) and index else (index,)
-        return ", ".join(self._slice(p) if isinstance(p, slice) else self.value(p).code for p in parts)
+        return ", ".join(
+            self._slice(p) if isinstance(p, slice) else self.value(p).code for p in parts
+        )
 
     def _slice(self, part: slice) -> str:
         def bound(value: Any) -> Text:
@@ -194,7 +204,9 @@ def without_defaults(target: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ..
     except (TypeError, ValueError):
         return args, dict(kwargs)
     parameters = list(signature.parameters.values())
-    while args and len(args) <= len(parameters) and _is_default(parameters[len(args) - 1], args[-1]):
+    while (
+        args and len(args) <= len(parameters) and _is_default(parameters[len(args) - 1], args[-1])
+    ):
         args = args[:-1]
     return args, {
         k: v for k, v in kwargs.items() if not _is_default(signature.parameters.get(k), v)

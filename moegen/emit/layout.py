@@ -17,8 +17,7 @@ def lay_out(statement: str, indent: int) -> list[str]:
     start, end = place
     head, body, tail = statement[: start + 1], statement[start + 1 : end], statement[end:]
     inner = " " * (indent + 4) + body
-    comprehension = " for " in body and not _items_are_plain(body)
-    if len(inner) <= WIDTH and not comprehension:
+    if len(inner) <= WIDTH or _is_comprehension(body):
         return [" " * indent + head, inner, " " * indent + tail]
     lines = [" " * indent + head]
     for item in split(body):
@@ -47,9 +46,9 @@ def split(text: str) -> list[str]:
     return [*parts, last] if last else parts
 
 
-def _items_are_plain(body: str) -> bool:
-    """Whether the word `for` stands only inside strings or brackets of its own."""
-    return all(" for " not in part or part[-1:] in _CLOSE for part in split(body))
+def _is_comprehension(body: str) -> bool:
+    """Whether a bracket's content is one generator, which takes no trailing comma."""
+    return len(split(body)) == 1 and " for " in body and " in " in body
 
 
 def _bracket(statement: str) -> tuple[int, int] | None:

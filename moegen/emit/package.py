@@ -93,7 +93,8 @@ def _model(plan: Plan, classes: Classes, body: str) -> str:
     names = ["Tensor", "nn"] if "Tensor" in body else ["nn"]
     imports = "".join(line for line, used in uses.items() if used)
     imports += f"from torch import {', '.join(names)}\n"
-    typing = "from typing import NamedTuple\n\n" if "(NamedTuple)" in body else ""
+    typed = [n for n, use in (("Any", ": Any ="), ("NamedTuple", "(NamedTuple)")) if use in body]
+    typing = f"from typing import {', '.join(typed)}\n\n" if typed else ""
     ours = _import_ops(sorted(classes.ops & _mentioned(body, classes.ops)))
     base = f"from .runtime import {plan.spec.model.runtime}\n"
     head = f'"""{model_docs(plan)}\n"""\n\nfrom __future__ import annotations\n\n'
@@ -116,5 +117,3 @@ def _import_ops(names: list[str]) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-

@@ -7,6 +7,7 @@ import builtins
 import functools
 import importlib
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moegen.ops.op import OPS
@@ -53,21 +54,34 @@ def ops_module(names: set[str]) -> str:
 
 
 def _join(imports: list[str], texts: list[str]) -> str:
-    plain = [line for line in imports if line.startswith("import ")]
-    standard = [line for line in imports if not _is_torch(line)]
-    first = [*(l for l in standard if l in plain), *(l for l in standard if l not in plain)]
-    torch_lines = [line for line in imports if _is_torch(line)]
-    second = [*(l for l in torch_lines if l in plain), *(l for l in torch_lines if l not in plain)]
-    blocks = ["\n".join(lines) for lines in (first, second) if lines]
-    head = "\n\n".join([HEAD, "from __future__ import annotations", *blocks])
-    out = head
-    before = ""
+    standard = _merged(line for line in imports if not _is_torch(line))
+    torch_lines = _merged(line for line in imports if _is_torch(line))
+    blocks = ["\n".join(lines) for lines in (standard, torch_lines) if lines]
+    out = "\n\n".join([HEAD, "from __future__ import annotations", *blocks])
+    before = "imports"
     for text in texts:
-        single = not text.startswith(("def ", "class ", "@")) and "\n" not in text
-        together = single and before == "single"
-        out += ("\n" if together else "\n\n\n" if before != "" or not single else "\n\n") + text
-        before = "single" if single else "block"
+        block = text.startswith(("def ", "class ", "@", "#")) or "\n" in text
+        kind = "block" if block else "single"
+        gap = {("imports", "single"): 2, ("single", "single"): 1}.get((before, kind), 3)
+        out += "\n" * gap + text
+        before = kind
     return out + "\n"
+
+
+def _merged(lines: Iterable[str]) -> list[str]:
+    """Import lines in the order of isort: plain ones first, names of one module together."""
+    plain, names = [], {}
+    for line in lines:
+        if line.startswith("import "):
+            plain.append(line)
+        else:
+            _, module, _, name = line.split(" ", 3)
+            names.setdefault(module, []).append(name)
+    order = {
+        m: sorted(n, key=lambda x: (not x.isupper(), not x[0].isupper(), x))
+        for m, n in names.items()
+    }
+    return [*sorted(plain), *(f"from {m} import {', '.join(order[m])}" for m in sorted(order))]
 
 
 def _is_torch(line: str) -> bool:

@@ -15,6 +15,7 @@ from moegen.graph.functions import is_torch_function
 from moegen.ops.op import op_of
 
 _OPERATORS = {getattr(operator, name) for name in dir(operator) if not name.startswith("_")}
+_WORDS = {operator.and_, operator.or_, operator.not_, operator.is_}  # keywords of Python
 
 
 def verify(root: Component, program: str | None = None) -> None:
@@ -83,7 +84,8 @@ def _function(component: Component, node: fx.Node) -> str | None:
     if not known and not is_torch_function(target):
         return f"calls {target}, which is neither an op nor a public torch function"
     name = getattr(target, "__name__", "")
-    in_place = name.endswith("_") or "out" in node.kwargs or node.kwargs.get("inplace") is True
+    in_place = name.endswith("_") and target not in _WORDS
+    in_place = in_place or "out" in node.kwargs or node.kwargs.get("inplace") is True
     return "works in place" if in_place and op_of(target) is None else None
 
 
@@ -98,4 +100,3 @@ TARGETS: dict[str, Target] = {
 }
 
 RULES = (_order, _origin, _dead, _target)
-

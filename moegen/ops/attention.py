@@ -81,14 +81,20 @@ def window_blocks(
     query = torch.arange(size, device=q.device).unsqueeze(-1) + size
     key = torch.arange(2 * size, device=q.device)
     near = (key <= query) & (key > query - window)
-    exists = (torch.arange(count, device=q.device).view(-1, 1, 1, 1) > 0) | (key >= size)
+    exists = (torch.arange(count, device=q.device).view(-1, 1, 1, 1) > 0) | (
+        key >= size
+    )
     mask = (near & exists).repeat(batch, 1, 1, 1)
     return cut(q, 0), cut(k, size), cut(v, size), mask
 
 
 def join_blocks(out: Tensor, batch: int, length: int) -> Tensor:
     """The inverse of window_blocks: out [B * n, H, w, e] to [B, H, S, e]."""
-    return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    return (
+        torch.unflatten(out, 0, (batch, -1))
+        .transpose(1, 2)
+        .flatten(2, 3)[:, :, :length]
+    )
 
 
 @op(
@@ -99,7 +105,9 @@ def join_blocks(out: Tensor, batch: int, length: int) -> Tensor:
         2 * (k.numel() + v.numel()) * k.dtype.itemsize + 4 * q.numel() // q.shape[-1]
     ),
 )
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
+) -> Tensor:
     """Causal attention to the nearest `window` positions, a query's own included."""
     blocks = window_blocks(q, k, v, window)
     out = F.scaled_dot_product_attention(
@@ -127,12 +135,19 @@ def masked_sink_attention(
 
 
 @op(
-    flops=lambda q, k, v, *_, window=None: _core(q, k, v, seen_pairs(q.shape[2], window)),
+    flops=lambda q, k, v, *_, window=None: _core(
+        q, k, v, seen_pairs(q.shape[2], window)
+    ),
     saves=("q", "k", "v", "sinks"),
     extra=lambda q, k, *_, window=None: _weights(q, k, window),
 )
 def sink_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention whose heads may attend to nothing, with logit sinks [H]."""
     if window is None:
@@ -160,7 +175,9 @@ def masked_capped_attention(
 
 
 @op(
-    flops=lambda q, k, v, *_, window=None: _core(q, k, v, seen_pairs(q.shape[2], window)),
+    flops=lambda q, k, v, *_, window=None: _core(
+        q, k, v, seen_pairs(q.shape[2], window)
+    ),
     saves=("q", "k", "v"),
     extra=lambda q, k, *_, window=None: 2 * _weights(q, k, window),
 )
@@ -169,6 +186,8 @@ def capped_attention(
 ) -> Tensor:
     """Causal attention with bounded logits, cap * tanh(score / cap)."""
     if window is None:
-        return masked_capped_attention(q, k, v, causal_mask(q.shape[2], q.device), cap, scale)
+        return masked_capped_attention(
+            q, k, v, causal_mask(q.shape[2], q.device), cap, scale
+        )
     out = masked_capped_attention(*window_blocks(q, k, v, window), cap, scale)
     return join_blocks(out, q.shape[0], q.shape[2])

@@ -14,7 +14,9 @@ from torch import Tensor
 from moegen.ops.op import op
 
 
-def _define(name: str, kernel: Callable[..., Tensor], fake: Any, save: Any, backward: Any) -> Any:
+def _define(
+    name: str, kernel: Callable[..., Tensor], fake: Any, save: Any, backward: Any
+) -> Any:
     """A torch.library op, which compile and export take whole.
 
     A process may hold several copies of this file, each in its own package: the first defines
@@ -29,15 +31,21 @@ def _define(name: str, kernel: Callable[..., Tensor], fake: Any, save: Any, back
 
 def _inverse(order: Tensor) -> Tensor:
     """The inverse of a permutation [N]; indices do not repeat, so the scatter is deterministic."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
 
 
 def _starts(order: Tensor, num_tokens: int) -> Tensor:
     """Where the choices of each token start among all N, K of them a token -> [T]."""
-    return torch.arange(num_tokens, device=order.device) * (order.shape[0] // max(num_tokens, 1))
+    return torch.arange(num_tokens, device=order.device) * (
+        order.shape[0] // max(num_tokens, 1)
+    )
 
 
-def _sum_entries(rows: Tensor, entries: Tensor, starts: Tensor, weight: Tensor | None) -> Tensor:
+def _sum_entries(
+    rows: Tensor, entries: Tensor, starts: Tensor, weight: Tensor | None
+) -> Tensor:
     """Weighted sums of rows[entries] over the runs that begin at starts, fused, without atomics."""
     return F.embedding_bag(entries, rows, starts, mode="sum", per_sample_weights=weight)
 
@@ -85,10 +93,14 @@ def _sum_rows_save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
     ctx.save_for_backward(rows, weight, order, token)
 
 
-def _sum_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+def _sum_rows_backward(
+    ctx: Any, grad: Tensor
+) -> tuple[Tensor, Tensor, None, None, None]:
     rows, weight, order, token = ctx.saved_tensors
     grad_rows = grad.index_select(0, token)
-    grad_weight = torch.empty_like(weight).scatter_(0, order, (grad_rows * rows).sum(-1))
+    grad_weight = torch.empty_like(weight).scatter_(
+        0, order, (grad_rows * rows).sum(-1)
+    )
     # Scaled in place: one buffer of all rows less in the backward pass.
     grad_rows.mul_(weight.index_select(0, order).unsqueeze(-1))
     return grad_rows, grad_weight, None, None, None
@@ -113,8 +125,6 @@ def gather_rows(tokens: Tensor, order: Tensor) -> Tensor:
 
 
 @op(
-    flops=lambda rows, order, weight: 2 * rows.shape[0] * rows.shape[1],
-    backward=1.5,
     saves=("rows", "order", "weight"),
     extra=lambda rows, order, weight: 8 * order.shape[0],
 )
@@ -126,12 +136,14 @@ def combine(rows: Tensor, order: Tensor, weight: Tensor) -> Tensor:
 
 
 @op(
-    flops=lambda rows, token, weight, num_tokens: 2 * rows.shape[0] * rows.shape[1],
-    backward=1.5,
     saves=("rows", "token", "weight"),
-    extra=lambda rows, token, weight, num_tokens: (16 + rows.element_size()) * token.shape[0],
+    extra=lambda rows, token, weight, num_tokens: (
+        (16 + rows.element_size()) * token.shape[0]
+    ),
 )
-def combine_rows(rows: Tensor, token: Tensor, weight: Tensor, num_tokens: int) -> Tensor:
+def combine_rows(
+    rows: Tensor, token: Tensor, weight: Tensor, num_tokens: int
+) -> Tensor:
     """Sum rows by weight where a token may own any number: rows [N, d], token [N] -> [T, d]."""
     owners, entries = torch.sort(token, stable=True)
     starts = torch.searchsorted(owners, torch.arange(num_tokens, device=token.device))
@@ -144,7 +156,9 @@ def _aligned(x: Tensor) -> Tensor:
     if x.stride(-1) != 1 and x.stride(-2) == 1:
         return _aligned(x.transpose(-1, -2)).transpose(-1, -2)
     step, width = 16 // x.element_size(), x.shape[-1]
-    whole = all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    whole = (
+        all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    )
     if whole and x.stride(-1) == 1 and x.stride(-2) >= width:
         return x
     padded = x.new_zeros(*x.shape[:-1], -(-width // step) * step)
@@ -157,7 +171,9 @@ def _zero_tail(rows: Tensor, ends: Tensor) -> Tensor:
         rows[int(ends[-1]) :] = 0
         return rows
     row = torch.arange(rows.shape[0], device=rows.device)
-    return rows.masked_fill_((row >= ends[-1]).unsqueeze(-1), 0)  # ends stays on the device
+    return rows.masked_fill_(
+        (row >= ends[-1]).unsqueeze(-1), 0
+    )  # ends stays on the device
 
 
 def _spans(ends: Tensor) -> list[tuple[int, int]]:
@@ -199,7 +215,9 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _grouped_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _grouped_linear_backward(
+    ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, None]:
     rows, weight, ends = ctx.saved_tensors
     wants_rows, wants_weight, _ = ctx.needs_input_grad
     return (
@@ -209,7 +227,9 @@ def _grouped_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Ten
     )
 
 
-def _grouped_outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _grouped_outer_backward(
+    ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, None]:
     left, right, ends = ctx.saved_tensors
     wants_left, wants_right, _ = ctx.needs_input_grad
     return (
@@ -236,7 +256,9 @@ _grouped_outer = _define(
 
 
 @op(
-    flops=lambda rows, weight, ends: 2 * rows.shape[0] * weight.shape[1] * weight.shape[2],
+    flops=lambda rows, weight, ends: (
+        2 * rows.shape[0] * weight.shape[1] * weight.shape[2]
+    ),
     saves=("rows", "weight", "ends"),
 )
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

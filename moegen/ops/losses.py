@@ -23,7 +23,8 @@ def real_tokens(ids: Tensor, mask: Tensor | None) -> Tensor:
 @op(saves=("valid",))
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
     """Mean of values [T, ...] over the tokens where valid [T] is true; 0 if there is none."""
-    kept = valid.view(-1, *[1] * (values.dim() - 1)).to(values.dtype if values.is_floating_point() else torch.float32)
+    values = values if values.is_floating_point() else values.float()
+    kept = valid.view(-1, *[1] * (values.dim() - 1)).to(values.dtype)
     return (values * kept).sum(0) / kept.sum().clamp(min=1)
 
 
@@ -49,12 +50,14 @@ def sequence_balance_loss(
     over experts of E / k * (share of its tokens that chose e) * (mean normalised score of e).
     """
     share = scores / scores.sum(-1, keepdim=True)
-    real = valid.unflatten(0, (sequences, -1)).unsqueeze(-1).to(scores.dtype)
+    real = torch.unflatten(valid, 0, (sequences, -1)).unsqueeze(-1).to(scores.dtype)
     tokens = real.sum(1).clamp(min=1)
-    probability = (share.unflatten(0, (sequences, -1)) * real).sum(1) / tokens
+    probability = (torch.unflatten(share, 0, (sequences, -1)) * real).sum(1) / tokens
     chosen = torch.zeros_like(scores).scatter(-1, experts, 1.0)
-    fraction = (chosen.unflatten(0, (sequences, -1)) * real).sum(1) / tokens
-    per_sequence = (fraction * probability).sum(-1) * scores.shape[-1] / experts.shape[-1]
+    fraction = (torch.unflatten(chosen, 0, (sequences, -1)) * real).sum(1) / tokens
+    per_sequence = (
+        (fraction * probability).sum(-1) * scores.shape[-1] / experts.shape[-1]
+    )
     return per_sequence.mean()
 
 

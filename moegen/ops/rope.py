@@ -44,7 +44,12 @@ def yarn_frequencies(
 
 @op()
 def llama3_frequencies(
-    dim: int, theta: float, factor: float, original: int, low: float = 1.0, high: float = 4.0
+    dim: int,
+    theta: float,
+    factor: float,
+    original: int,
+    low: float = 1.0,
+    high: float = 4.0,
 ) -> Tensor:
     """Llama 3.1: interpolate wavelengths longer than original / low, smoothly below."""
     plain = rope_frequencies(dim, theta)
@@ -64,7 +69,9 @@ def dynamic_frequencies(
     longer = length.clamp(min=original).float()
     growth = factor * longer / original - (factor - 1)
     base = theta * growth ** (dim / (dim - 2))
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=length.device).float() / dim
+    exponents = (
+        torch.arange(0, dim, 2, dtype=torch.int64, device=length.device).float() / dim
+    )
     return 1.0 / (base**exponents)
 
 
@@ -93,5 +100,7 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @op(saves=("cos", "sin"))
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (2i, 2i + 1) of x [..., S, r] by the angles of cos and sin [S, r/2]."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
+    first, second = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
+    return torch.stack(
+        (first * cos - second * sin, second * cos + first * sin), -1
+    ).flatten(-2)

@@ -13,7 +13,9 @@ def _keys(experts: Tensor, num_experts: int) -> Tensor:
 
 def _ends(sorted_keys: Tensor, num_experts: int) -> Tensor:
     """Where each expert's run ends among sorted keys [N] -> [E] int32."""
-    experts = torch.arange(num_experts, dtype=sorted_keys.dtype, device=sorted_keys.device)
+    experts = torch.arange(
+        num_experts, dtype=sorted_keys.dtype, device=sorted_keys.device
+    )
     return torch.searchsorted(sorted_keys, experts, right=True, out_int32=True)
 
 
@@ -39,9 +41,16 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     # bits, which the xor turns around, and -0.0 must tie with 0.0.
     scores = scores.float()
     bits = scores.view(torch.int32)
-    high = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).masked_fill_(scores == 0, 0)
+    high = (
+        (bits >> 31)
+        .bitwise_and_(0x7FFFFFFF)
+        .bitwise_xor_(bits)
+        .masked_fill_(scores == 0, 0)
+    )
     low = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
-    return torch.topk(high.long().bitwise_left_shift_(32).bitwise_or_(low), k, dim=-1).indices
+    return torch.topk(
+        high.long().bitwise_left_shift_(32).bitwise_or_(low), k, dim=-1
+    ).indices
 
 
 @op(flops=lambda experts, num_experts: 0)

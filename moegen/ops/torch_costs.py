@@ -24,7 +24,9 @@ def _matmul(out: Any, a: Any, b: Any) -> int:
     return int(2 * out.numel() * a.shape[-1])
 
 
-def _sdpa(out: Any, q: Any, k: Any, v: Any, *_: Any, is_causal: bool = False, **__: Any) -> int:
+def _sdpa(
+    out: Any, q: Any, k: Any, v: Any, *_: Any, is_causal: bool = False, **__: Any
+) -> int:
     """Pairs that the mask lets through if it is causal, all pairs if it is a tensor."""
     pairs = seen_pairs(q.shape[2]) if is_causal else q.shape[2] * k.shape[2]
     return int(2 * q.shape[0] * q.shape[1] * pairs * (q.shape[-1] + v.shape[-1]))

@@ -265,7 +265,9 @@ class _Program:
         return size(value)
 
     def _peak_forward(self) -> int:
-        last = {node: max((self.nodes.index(u) for u in node.users), default=-1) for node in self.nodes}
+        last = {
+            node: max((self.nodes.index(u) for u in node.users), default=-1) for node in self.nodes
+        }
         alive: dict[fx.Node, int] = {}
         peak = 0
         for place, node in enumerate(self.nodes):

@@ -59,7 +59,7 @@ def _viewed(node: fx.Node, path: tuple[str | int, ...]) -> Ref | None:
     """The tensor whose memory a node's value shares: of a view, or of a part of a split."""
     value = node.meta.get(meta.VAL)
     if len(path) == 1 and isinstance(value, (tuple, list)):
-        value = value[path[0]]  # type: ignore[index]
+        value = at(value, path)
     elif path:
         return None
     if not isinstance(value, Tensor):
@@ -75,7 +75,11 @@ def _viewed(node: fx.Node, path: tuple[str | int, ...]) -> Ref | None:
 def at(value: Any, path: tuple[str | int, ...]) -> Any:
     """What stands at a path inside a value."""
     for step in path:
-        value = getattr(value, step) if isinstance(step, str) and not isinstance(value, dict) else value[step]
+        value = (
+            getattr(value, step)
+            if isinstance(step, str) and not isinstance(value, dict)
+            else value[step]
+        )
     return value
 
 

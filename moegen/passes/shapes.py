@@ -47,14 +47,15 @@ class Shapes:
             child = component.children[str(node.target)]
             return self.run(child, meta.method(node), arguments)
 
-        def done(node: fx.Node, value: Any) -> None:
-            node.meta[meta.VAL] = value
-
         graph = component.programs[program].graph
         with self.mode, _blame(graph):
-            result = run(graph, inputs, lambda name: self._attribute(component, name), call, done)
+            result = run(graph, inputs, lambda name: self._attribute(component, name), call, self.done)
         self.results[key] = result
         return result
+
+    def done(self, node: fx.Node, value: Any) -> None:
+        """Note a node's value."""
+        node.meta[meta.VAL] = value
 
     def _attribute(self, component: Component, name: str) -> Any:
         if name == "training":

@@ -53,9 +53,7 @@ class Router(Element):
         noise = self.noise if valid is not None else None
         if noise:
             seen = b.inline(noise, "on_input", seen, path=("router", "noise"))
-        logits = b.inline(
-            self.score, "logits", seen, moe.num_experts, path=("router", "score")
-        )
+        logits = b.inline(self.score, "logits", seen, moe.num_experts, path=("router", "score"))
         if noise:
             logits = b.inline(noise, "on_logits", logits, path=("router", "noise"))
         scores = b.inline(self.affinity, "scores", logits, path=("router", "affinity"))

@@ -15,11 +15,27 @@ from torch.utils.checkpoint import checkpoint
 class LanguageModel(nn.Module):
     """Base of a model that has `forward`, `loss`, `step` and `new_cache`."""
 
+    layers: Any
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the next token; label -100 is left out."""
+        raise NotImplementedError
+
+    def step(self, ids: Tensor, start: Tensor, cache: Any) -> Tensor:
+        """Logits of ids [B, T] at positions start, start + 1, ...; fills the cache."""
+        raise NotImplementedError
+
+    def new_cache(self, batch: int, length: int) -> Any:
+        """An empty cache."""
+        raise NotImplementedError
+
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Any:
         """ids [B, S] and mask [B, S] of real tokens (padding on the right) to an Output."""
         return super().__call__(ids, mask)
 
-    def training_loss(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    def training_loss(
+        self, ids: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         """Next-token loss of ids [B, S] plus the auxiliary losses, and the Output itself."""
         output = self(ids, mask)
         labels = ids if mask is None else ids.masked_fill(~mask.bool(), -100)
@@ -35,7 +51,11 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, ids: Tensor, new_tokens: int, temperature: float = 0.0, top_k: int | None = None
+        self,
+        ids: Tensor,
+        new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
     ) -> Iterator[Tensor]:
         """Yield new_tokens tokens [B] after the prompts ids [B, S], one step at a time.
 
@@ -50,7 +70,11 @@ class LanguageModel(nn.Module):
             yield ids[:, 0]
 
     def generate(
-        self, ids: Tensor, new_tokens: int, temperature: float = 0.0, top_k: int | None = None
+        self,
+        ids: Tensor,
+        new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
     ) -> Tensor:
         """The prompts ids [B, S] with new_tokens more tokens, [B, S + new_tokens]."""
         new = list(self.stream(ids, new_tokens, temperature, top_k))
@@ -63,7 +87,9 @@ class LanguageModel(nn.Module):
         target = Path(path)
         partial_file = target.with_name(f"{target.name}.partial")
         try:
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, partial_file)
+            save_file(
+                {k: v.contiguous() for k, v in self.state_dict().items()}, partial_file
+            )
             partial_file.replace(target)
         finally:
             partial_file.unlink(missing_ok=True)
@@ -77,8 +103,9 @@ class LanguageModel(nn.Module):
             model = cls()
         model.to_empty(device=device)
         for module in model.modules():
-            if isinstance(getattr(module, "reset_parameters", None), type(cls.load)):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         model.load_state_dict(load_file(path, device=str(device)), strict=True)
         return model
 

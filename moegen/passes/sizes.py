@@ -1,0 +1,69 @@
+"""Proves that no size of the batch is baked into a program, by running it on symbols."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from moegen.errors import PlanError, Problem
+from moegen.graph import meta
+from moegen.graph.builder import Trace
+from moegen.passes.shapes import Shapes, describe
+from moegen.spec.load import Loaded
+
+# Sizes that no spec has by chance, so that a coincidence is no equality.
+BATCH, SEQUENCE = 1009, 2003
+
+
+class _Watched(Shapes):
+    """Runs programs, and notes which node first needed a size to equal a number."""
+
+    def __init__(self, mode: FakeTensorMode, environment: ShapeEnv) -> None:
+        super().__init__(mode)
+        self.environment = environment
+        self.seen = 0
+        self.baked: list[tuple[fx.Node, str]] = []
+
+    def done(self, node: fx.Node, value: Any) -> None:
+        super().done(node, value)
+        guards = self.environment.guards
+        for guard in guards[self.seen :]:
+            expression = guard.expr
+            if isinstance(expression, sympy.Eq):
+                self.baked.append((node, str(expression)))
+        self.seen = len(guards)
+
+
+def prove_sizes(loaded: Loaded[Any]) -> None:
+    """Run training's program with symbolic batch and sequence; raises PlanError if one is baked in.
+
+    A program is general if no equation between a size and a number had to hold on the way.
+    """
+    trace = Trace(loaded.spec)
+    root = trace.component(loaded.spec.model, ("model",), "other")
+    environment = ShapeEnv(duck_shape=False, specialize_zero_one=True)
+    mode = FakeTensorMode(shape_env=environment)
+    shapes = _Watched(mode, environment)
+    shapes.run(root, "forward", (_symbolic(mode), None))
+    if shapes.baked:
+        raise PlanError(tuple(_problem(loaded, node, why) for node, why in shapes.baked))
+
+
+def _symbolic(mode: FakeTensorMode) -> Tensor:
+    """Token ids of symbolic shape."""
+    ids = torch.empty(BATCH, SEQUENCE, dtype=torch.int64, device="meta").to("meta")
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    made = mode.from_tensor(ids, symbolic_context=context)
+    with mode:
+        return torch.zeros(made.shape, dtype=torch.int64)
+
+
+def _problem(loaded: Loaded[Any], node: fx.Node, why: str) -> Problem:
+    origin = meta.origin(node)
+    sentence = f"the size of a batch is baked in: {why} must hold for [{describe(node)}]"
+    return loaded.problem(origin.path, sentence, note=f"traced at {origin.traced_at}")

@@ -1,0 +1,150 @@
+"""Emitted models against transformers' own: values, gradients, decoding and weights."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import moegen
+from moegen.convert import FAMILIES, ConversionError, to_huggingface, to_moegen
+
+DATA = Path(__file__).parent / "data" / "transformers"
+NAMES = sorted(path.stem for path in DATA.glob("*.yaml"))
+WITH_AUXILIARY = [name for name in NAMES if "losses" in (DATA / f"{name}.yaml").read_text()]
+LENGTHS = (13, 9)  # of the two sequences where one is padded
+TOLERANCE = 1e-5
+
+
+def close(ours, theirs, what):
+    """At most TOLERANCE of the reference's largest value, or of 1."""
+    assert ours.shape == theirs.shape, what
+    scale = max(1.0, theirs.abs().max().item())
+    difference = (ours - theirs).abs().max().item()
+    assert difference <= TOLERANCE * scale, f"{what}: {difference} of {scale}"
+
+
+@torch.no_grad()
+def randomize(model):
+    """Values that no part of a model may leave out: nothing is zero or one."""
+    generator = torch.Generator().manual_seed(7)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("inv_freq"):
+            continue
+        noise = torch.randn(tensor.shape, generator=generator)
+        if "norm" in name:
+            tensor.copy_(1 + 0.3 * noise)
+        elif name.endswith("correction_bias"):
+            tensor.copy_(0.1 * noise)
+        elif name.endswith(("bias", "sinks")):
+            tensor.copy_(2 * noise)
+        else:
+            tensor.copy_(0.2 * noise)
+
+
+@functools.cache
+def reference(name):
+    case = yaml.safe_load((DATA / f"{name}.yaml").read_text())
+    # No token is special: a padding id would have no gradient.
+    config = AutoConfig.for_model(name, **case["config"], pad_token_id=None)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    randomize(model)
+    return model
+
+
+@functools.cache
+def emitted(name):
+    case = yaml.safe_load((DATA / f"{name}.yaml").read_text())
+    return moegen.module(case["spec"])
+
+
+@functools.cache
+def saved(name, *, gradients=False):
+    """The state dict as save_pretrained lays it out, of weights or of gradients."""
+    import tempfile
+
+    model = reference(name)
+    if gradients:
+        held = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.grad)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tensors = load_file(Path(folder) / "model.safetensors")
+    if gradients:
+        model.load_state_dict(held)
+    return tensors
+
+
+def ours(name):
+    model = emitted(name).Model()
+    model.load_state_dict(to_moegen(name, saved(name)))
+    return model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(97, (2, LENGTHS[0]), generator=generator)
+    mask = torch.arange(LENGTHS[0]) < torch.tensor(LENGTHS).unsqueeze(-1)
+    return ids, mask
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("name", NAMES)
+def test_values_and_gradients(name, padded):
+    theirs, model = reference(name), ours(name)
+    ids, mask = batch()
+    mask = mask if padded else None
+    labels = ids if mask is None else ids.masked_fill(~mask, -100)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    balanced = name in WITH_AUXILIARY
+    options = {"output_router_logits": True} if balanced else {}
+    given = None if mask is None else mask.long()
+    expected = theirs(ids, attention_mask=given, labels=labels, use_cache=False, **options)
+
+    total, output = model.training_loss(ids, mask)
+
+    close(output.logits[real], expected.logits[real], "logits")
+    close(total, expected.loss, "loss")
+    if balanced:
+        weight = theirs.config.router_aux_loss_coef
+        close(output.losses["balance"] / weight, expected.aux_loss, "auxiliary loss")
+        language = expected.loss - weight * expected.aux_loss
+        close(model.loss(output.logits, labels), language, "language-model loss")
+    else:
+        assert output.losses == {}
+
+    theirs.zero_grad()
+    expected.loss.backward()
+    total.backward()
+    saved.cache_clear()
+    gradients = to_moegen(name, saved(name, gradients=True))
+    saved.cache_clear()
+    for key, parameter in model.named_parameters():
+        close(parameter.grad, gradients[key], f"gradient of {key}")
+        error = (parameter.grad - gradients[key]).norm()
+        assert error <= 1e-4 * gradients[key].norm(), f"gradient of {key}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding(name):
+    theirs, model = reference(name), ours(name)
+    ids, _ = batch()
+    with torch.no_grad():
+        expected = theirs(ids, use_cache=False).logits
+        one_by_one = model.new_cache(*ids.shape)
+        for i in range(ids.shape[1]):
+            logits = model.step(ids[:, i : i + 1], torch.tensor(i), one_by_one)
+            close(logits[:, 0], expected[:, i], f"position {i}")
+        cache = model.new_cache(*ids.shape)
+        for start, stop in ((0, 7), (7, 8), (8, 13)):
+            logits = model.step(ids[:, start:stop], torch.tensor(start), cache)
+            close(logits, expected[:, start:stop], f"positions {start} to {stop}")
+
+
+def test_every_family_has_a_case():
+    assert sorted(FAMILIES) == NAMES
