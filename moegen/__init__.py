@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from moegen.errors import BackendError as BackendError
 from moegen.errors import MoegenError as MoegenError
 from moegen.errors import PackageError as PackageError
 from moegen.errors import PlanError as PlanError
 from moegen.errors import SpecError as SpecError
+
+if TYPE_CHECKING:
+    from moegen.api import build as build
+    from moegen.api import check as check
+    from moegen.api import estimate as estimate
+    from moegen.api import load as load
+    from moegen.api import module as module
+    from moegen.api import plan as plan
+    from moegen.backend import backends as backends
+    from moegen.estimator import Estimate as Estimate
+    from moegen.planner import Plan as Plan
 
 __version__ = "0.1.0"
 

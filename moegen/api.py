@@ -13,10 +13,14 @@ from typing import Any
 
 from moegen.arch.spec import Spec
 from moegen.backend import backend as find_backend
+from moegen.choices import choose
 from moegen.emit.package import Package, package
 from moegen.emit.write import differences, write
 from moegen.errors import PackageError
+from moegen.gpus import GPUS
+from moegen.optimizers import OPTIMIZERS
 from moegen.planner import Plan, Workload, lower
+from moegen.plugins import load_installed
 from moegen.spec.load import Loaded, load_file
 from moegen.spec.load import load as load_source
 from moegen.spec.names import identifier
@@ -35,6 +39,7 @@ def load(source: Source, overrides: Overrides = ()) -> Loaded[Spec]:
         return Loaded(source.spec, dict(source.data), dict(source.marks), ())
     if isinstance(source, Loaded):
         return source
+    load_installed()
     changes = _strings(overrides)
     if isinstance(source, Mapping):
         from moegen.spec.load import resolved_yaml
@@ -59,6 +64,9 @@ def estimate(source: Source, overrides: Overrides = (), **workload: Any) -> Any:
     """Parameters, FLOPs and memory of a spec, read off the graph that is emitted."""
     from moegen.estimator import estimate as of_plan
 
+    for what, key, known in (("GPU", "gpu", GPUS), ("optimizer", "optimizer", OPTIMIZERS)):
+        if workload.get(key) is not None:
+            choose(what, workload[key], known)
     planned = {k: workload.pop(k) for k in ("batch", "sequence") if k in workload}
     return of_plan(plan(source, overrides, **planned), **workload)
 

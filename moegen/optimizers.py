@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from moegen.graph.component import Weight
+if TYPE_CHECKING:
+    from moegen.graph.component import Weight
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from moegen.graph.component import Component
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """Parameters of one role: how many, how many of them a token uses, and their size in memory."""
 
     count: int

@@ -1,6 +1,8 @@
 """Emitted models against transformers' own: values, gradients, decoding and weights."""
 
+import copy
 import functools
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,8 @@ def randomize(model):
 def reference(name):
     case = yaml.safe_load((DATA / f"{name}.yaml").read_text())
     # No token is special: a padding id would have no gradient.
-    config = AutoConfig.for_model(name, **case["config"], pad_token_id=None)
+    special = {f"{which}_token_id": None for which in ("pad", "bos", "eos")}
+    config = AutoConfig.for_model(name, **case["config"], **special)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomize(model)
     return model
@@ -61,23 +64,25 @@ def emitted(name):
     return moegen.module(case["spec"])
 
 
-@functools.cache
-def saved(name, *, gradients=False):
-    """The state dict as save_pretrained lays it out, of weights or of gradients."""
-    import tempfile
-
-    model = reference(name)
-    if gradients:
-        held = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.grad)
+def laid_out(model):
+    """The state dict as `save_pretrained` lays it out in a file."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        tensors = load_file(Path(folder) / "model.safetensors")
-    if gradients:
-        model.load_state_dict(held)
-    return tensors
+        return load_file(Path(folder) / "model.safetensors")
+
+
+@functools.cache
+def saved(name):
+    return laid_out(reference(name))
+
+
+def gradients(name):
+    """The gradients of the reference, laid out as weights are."""
+    model = copy.deepcopy(reference(name))
+    with torch.no_grad():
+        for copied, original in zip(model.parameters(), reference(name).parameters(), strict=True):
+            copied.copy_(original.grad)
+    return laid_out(model)
 
 
 def ours(name):
@@ -121,13 +126,11 @@ def test_values_and_gradients(name, padded):
     theirs.zero_grad()
     expected.loss.backward()
     total.backward()
-    saved.cache_clear()
-    gradients = to_moegen(name, saved(name, gradients=True))
-    saved.cache_clear()
+    wanted = to_moegen(name, gradients(name))
     for key, parameter in model.named_parameters():
-        close(parameter.grad, gradients[key], f"gradient of {key}")
-        error = (parameter.grad - gradients[key]).norm()
-        assert error <= 1e-4 * gradients[key].norm(), f"gradient of {key}"
+        close(parameter.grad, wanted[key], f"gradient of {key}")
+        error = (parameter.grad - wanted[key]).norm() / wanted[key].norm()
+        assert error <= 1e-4, f"gradient of {key}: off by {error} of its norm"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,6 +147,44 @@ def test_decoding(name):
         for start, stop in ((0, 7), (7, 8), (8, 13)):
             logits = model.step(ids[:, start:stop], torch.tensor(start), cache)
             close(logits, expected[:, start:stop], f"positions {start} to {stop}")
+
+
+def same(ours, theirs):
+    """The same names, shapes, formats and bits."""
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert tensor.dtype == theirs[key].dtype, key
+        assert torch.equal(tensor, theirs[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_there_and_back(name):
+    theirs = saved(name)
+    converted = to_moegen(name, theirs)
+    same(to_huggingface(name, converted), theirs)
+    same(to_moegen(name, to_huggingface(name, emitted(name).Model().state_dict())), converted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_in_memory(name):
+    held = reference(name).state_dict()
+    if reference(name).config.tie_word_embeddings:
+        del held["lm_head.weight"]
+    same(to_moegen(name, held), to_moegen(name, saved(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_is_needed(name):
+    theirs = saved(name)
+    converted = to_moegen(name, theirs)
+    optional = {"lm_head.weight", "head"}
+    for convert, tensors in ((to_moegen, theirs), (to_huggingface, converted)):
+        for key in tensors.keys() - optional:
+            rest = {k: v for k, v in tensors.items() if k != key}
+            with pytest.raises(ConversionError):
+                convert(name, rest)
+        with pytest.raises(ConversionError, match="layers.1.extra is left over"):
+            convert(name, {**tensors, "layers.1.extra": torch.zeros(1)})
 
 
 def test_every_family_has_a_case():

@@ -52,7 +52,7 @@ class LatentAttention(Attention):
         q_nope, q_rope = self._queries(b, x, context)
         latent, k_rope = self._latent(b, x, context)
         expanded = F.linear(latent, self._expand(b)).unflatten(-1, (self.heads, -1))
-        k_nope, v = expanded.transpose(1, 2).split([self.nope_dim, self.value_dim], -1)
+        k_nope, v = expanded.transpose(1, 2).split_with_sizes([self.nope_dim, self.value_dim], -1)
         q = torch.cat((q_nope, q_rope), -1)
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.heads, -1, -1)), -1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale())
@@ -69,7 +69,7 @@ class LatentAttention(Attention):
         if precision.cache_dtype != precision.compute_dtype:
             held = held.to(precision.compute_dtype)
         expand = self._expand(b).unflatten(0, (self.heads, -1))
-        to_key, to_value = expand.split([self.nope_dim, self.value_dim], 1)
+        to_key, to_value = expand.split_with_sizes([self.nope_dim, self.value_dim], 1)
         q = torch.cat((q_nope @ to_key, q_rope), -1)
         slots = torch.arange(held.shape[2], device=x.device)
         mask = slots <= positions.unsqueeze(-1)
@@ -98,12 +98,12 @@ class LatentAttention(Attention):
             q = RMSNorm(eps=self.norm_eps).apply(b, "query_norm", q, self.q_rank)
             q = F.linear(q, b.param("query_up", width, self.q_rank))
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], -1)
+        q_nope, q_rope = q.split_with_sizes([self.nope_dim, self.rope_dim], -1)
         return q_nope, self._turn(b, q_rope, context)
 
     def _latent(self, b: Builder, x: Any, context: Any) -> tuple[Any, Any]:
         down = b.param("latent_down", self.kv_rank + self.rope_dim, b.spec.model.d_model)
-        latent, k_rope = F.linear(x, down).split([self.kv_rank, self.rope_dim], -1)
+        latent, k_rope = F.linear(x, down).split_with_sizes([self.kv_rank, self.rope_dim], -1)
         latent = RMSNorm(eps=self.norm_eps).apply(b, "latent_norm", latent, self.kv_rank)
         return latent, self._turn(b, k_rope, context)
 

@@ -101,9 +101,14 @@ class Plain:
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor of one dimension less for each number of a placeholder, from 0 on."""
+    """A tensor of one dimension less for each number of a placeholder, from 0 on.
+
+    like: a tensor of the same side that has a row for each number; it tells if the last are
+    missing.
+    """
 
     source: Source
+    like: str | None = None
     index: str = "expert"
 
     @property
@@ -128,6 +133,9 @@ class Stack:
             yield from layout(self.source).write(part, place.at(self.index, number))
 
     def _count(self, held: Held, place: Place) -> int:
+        like = held.get(place.name(self.like)) if self.like else None
+        if like is not None:
+            return like.shape[0]
         free = place.at(self.index, "{}")
         return max(held.count(free.name(pattern)) for pattern in self.patterns)
 

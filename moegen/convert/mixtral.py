@@ -10,9 +10,12 @@ EXPERTS: Rows = {
         Concat(
             "block_sparse_moe.experts.{expert}.w1.weight",
             "block_sparse_moe.experts.{expert}.w3.weight",
-        )
+        ),
+        like="block_sparse_moe.gate.weight",
     ),
-    "moe.down": Stack("block_sparse_moe.experts.{expert}.w2.weight"),
+    "moe.down": Stack(
+        "block_sparse_moe.experts.{expert}.w2.weight", like="block_sparse_moe.gate.weight"
+    ),
 }
 FAMILY = Family(
     name="mixtral",

@@ -47,9 +47,10 @@ ROUTER: Rows = {"moe.router": "mlp.gate.weight"}
 BALANCE_BIAS: Rows = {"moe.balance_bias": "mlp.gate.e_score_correction_bias"}
 EXPERTS: Rows = {
     "moe.gate_up": Stack(
-        Concat("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight")
+        Concat("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
+        like="mlp.gate.weight",
     ),
-    "moe.down": Stack("mlp.experts.{expert}.down_proj.weight"),
+    "moe.down": Stack("mlp.experts.{expert}.down_proj.weight", like="mlp.gate.weight"),
 }
 # As transformers' models hold them in memory; their files have one tensor an expert.
 PACKED_EXPERTS: Rows = {

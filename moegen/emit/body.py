@@ -174,7 +174,11 @@ class _Attempt:
 
     def largest_inside(self, node: fx.Node) -> fx.Node | None:
         """The longest expression printed inside a statement, to be made one of its own."""
-        inside = [n for n in self.inlined.get(node, []) if not _is_cheap(n)]
+        inside = [
+            n
+            for n in self.inlined.get(node, [])
+            if not _is_cheap(n) and not hasattr(n.target, "_fields")
+        ]
         return max(inside, key=lambda n: len(self.printer.node(n).code), default=None)
 
 

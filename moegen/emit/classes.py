@@ -56,7 +56,8 @@ class Classes:
 
     def _record(self, name: str, value: Any) -> str:
         fields = zip(value._fields, value, strict=True)
-        lines = [f"class {name}(NamedTuple):", f'    """{RECORDS[name][0]}"""', ""]
+        lines = [f"class {name}(NamedTuple):", f'    """{RECORDS[name][0]}"""']
+        lines += [""] if value._fields else []
         for label, part in fields:
             said = RECORDS[name][1].get(label)
             lines.append(f"    {label}: {annotation(part)}{f'  # {said}' if said else ''}")
@@ -239,9 +240,18 @@ def _list_of(kinds: list[str]) -> str:
     for size in range(2, len(kinds) // 2 + 1):
         if len(kinds) % size == 0 and kinds[:size] * (len(kinds) // size) == kinds:
             return f"kind() for kind in [{', '.join(kinds[:size])}] * {len(kinds) // size}"
-    runs = [(kind, len(list(group))) for kind, group in itertools.groupby(kinds)]
-    parts = [f"[{kind}] * {count}" if count > 1 else f"[{kind}]" for kind, count in runs]
-    return f"kind() for kind in {' + '.join(parts)}"
+    parts: list[str] = []
+    for single, runs in itertools.groupby(_runs(kinds), key=lambda run: run[1] == 1):
+        if single:
+            parts.append(f"[{', '.join(kind for kind, _ in runs)}]")
+        else:
+            parts += [f"[{kind}] * {count}" for kind, count in runs]
+    text = f"kind() for kind in {' + '.join(parts)}"
+    return text if len(text) < 70 else f"[{', '.join(f'{kind}()' for kind in kinds)}]"
+
+
+def _runs(kinds: list[str]) -> list[tuple[str, int]]:
+    return [(kind, len(list(group))) for kind, group in itertools.groupby(kinds)]
 
 
 def _collect(node: fx.Node, examples: dict[str, Any]) -> None:

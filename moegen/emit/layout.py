@@ -20,9 +20,10 @@ def lay_out(statement: str, indent: int) -> list[str]:
     if len(inner) <= WIDTH or _is_comprehension(body):
         return [" " * indent + head, inner, " " * indent + tail]
     lines = [" " * indent + head]
-    for item in split(body):
+    items = split(body)
+    for item in items:
         broken = lay_out(item, indent + 4)
-        broken[-1] += ","
+        broken[-1] += "," if len(items) > 1 or head.endswith("{") else ""
         lines += broken
     return [*lines, " " * indent + tail]
 

@@ -1,0 +1,102 @@
+"""An estimate as JSON: stable keys, integers exact.
+
+Numbers that are means over tokens (FLOPs per token, cache bytes per token) are integers where
+they are whole, and otherwise the nearest double.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+from moegen.estimator import Estimate, Memory
+from moegen.report.published import published
+
+Facts = dict[str, Any]
+
+
+def facts(made: Estimate) -> Facts:
+    """All that `moegen estimate --json` tells of one spec."""
+    work, counts = made.plan.workload, made.counts
+    return {
+        "name": made.plan.spec.name,
+        "source": made.plan.spec.source,
+        "workload": {
+            "batch": work.batch,
+            "sequence": work.sequence,
+            "optimizer": made.optimizer,
+            "checkpointing": made.checkpointing,
+        },
+        "parameters": {
+            "total": counts.total,
+            "active": counts.active,
+            "active_without_input_embedding": counts.active_without_input_embedding,
+            "active_without_embeddings": counts.active_without_embeddings,
+            "by_role": {role: share._asdict() for role, share in sorted(counts.by_role.items())},
+            "bytes": sum(made.weight_bytes.values()),
+        },
+        "buffers": counts.buffers,
+        "published": _published(made),
+        "flops_per_token": _flops(made),
+        "cache": {"bytes": made.cache_bytes, "bytes_per_token": number(made.cache_bytes_per_token)},
+        "training_memory": _memory(made.training),
+        "inference_memory": _memory(made.inference),
+        "gpu": _gpu(made),
+    }
+
+
+def number(value: Fraction) -> int | float:
+    """An integer if it is one, else the nearest double."""
+    return int(value) if value.denominator == 1 else float(value)
+
+
+def _published(made: Estimate) -> Facts | None:
+    found = published(made.plan.data, made.counts)
+    if found is None:
+        return None
+    figures = {
+        figure.name: {
+            "printed": figure.printed,
+            "counted": figure.counted,
+            "convention": figure.convention,
+            "agrees": figure.agrees,
+        }
+        for figure in found.figures
+    }
+    return {"total": None, "active": None, **figures, "note": found.note}
+
+
+def _flops(made: Estimate) -> Facts:
+    return {
+        "forward": number(made.forward_flops),
+        "backward": number(made.training_flops - made.forward_flops),
+        "training": number(made.training_flops),
+        "decode": number(made.decode_flops),
+        "by_role": {
+            role: {"forward": number(flops.forward), "backward": number(flops.backward)}
+            for role, flops in sorted(made.flops.items())
+        },
+    }
+
+
+def _memory(memory: Memory) -> Facts:
+    lines = [
+        {"name": one.name, "bytes": one.bytes, "certainty": one.certainty, "note": one.note}
+        for one in memory.lines
+    ]
+    return {"total": memory.total, "lines": lines}
+
+
+def _gpu(made: Estimate) -> Facts | None:
+    fit = made.fit
+    if fit is None:
+        return None
+    return {
+        "name": fit.gpu.name,
+        "title": fit.gpu.title,
+        "memory": fit.gpu.memory,
+        "source": fit.gpu.source,
+        "training_fits": fit.training,
+        "inference_fits": fit.inference,
+        "advice": list(fit.advice),
+    }

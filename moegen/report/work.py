@@ -1,0 +1,42 @@
+"""The table of FLOPs for one token, by role."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from rich.console import Console
+
+from moegen.estimator import Estimate
+from moegen.report import numbers
+from moegen.report.parameters import role_name
+from moegen.report.screen import note, table
+
+
+def print_flops(screen: Console, made: Estimate) -> None:
+    """FLOPs of a token in training, and of a new token in decoding."""
+    forward, training = made.forward_flops, made.training_flops
+    backward = training - forward
+    columns = ("role", ">forward", ">backward", ">training", ">share")
+    footer = ("total", *map(numbers.flops, (forward, backward, training)), "")
+    rows = table("FLOPs per token", columns, footer=footer)
+    parts = {role: (f.forward, f.backward) for role, f in made.flops.items()}
+    for role, pair in sorted(parts.items(), key=lambda part: part[1], reverse=True):
+        both = sum(pair, Fraction(0))
+        cells = map(numbers.flops, (*pair, both))
+        rows.add_row(role_name(role), *cells, numbers.share(both, training))
+    screen.print()
+    screen.print(rows)
+    _notes(screen, made)
+
+
+def _notes(screen: Console, made: Estimate) -> None:
+    length = numbers.exact(made.plan.workload.sequence)
+    note(
+        screen,
+        f"A multiply-accumulate is 2 FLOPs. Attention counts the pairs that the causal mask, and a "
+        f"window if any, lets through: the mean over a sequence of {length} tokens.",
+    )
+    if made.checkpointing:
+        note(screen, "Backward includes the layers' second forward pass (--checkpointing).")
+    decode = numbers.flops(made.decode_flops)
+    screen.print(f"Decoding one token in a cache of {length} positions: {decode} FLOPs.")
