@@ -52,7 +52,8 @@ def to_huggingface(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 def _family(name: str) -> Family:
     if name not in FAMILIES:
         meant = nearest(name, FAMILIES)
-        hint = f"did you mean {meant!r}?" if meant else f"there are {listed(sorted(FAMILIES), 'and')}"
+        known = f"there are {listed(sorted(FAMILIES), 'and')}"
+        hint = f"did you mean {meant!r}?" if meant else known
         raise ConversionError(Problem(f"no table for {name!r}", hint=hint))
     return FAMILIES[name]
 
