@@ -6,6 +6,7 @@ they are whole, and otherwise the nearest double.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
 
@@ -32,7 +33,7 @@ def facts(made: Estimate) -> Facts:
             "active": counts.active,
             "active_without_input_embedding": counts.active_without_input_embedding,
             "active_without_embeddings": counts.active_without_embeddings,
-            "by_role": {role: share._asdict() for role, share in sorted(counts.by_role.items())},
+            "by_role": {role: asdict(share) for role, share in sorted(counts.by_role.items())},
             "bytes": sum(made.weight_bytes.values()),
         },
         "buffers": counts.buffers,
