@@ -106,7 +106,8 @@ def _dot_inside(picture: Picture, depth: int) -> list[str]:
     for arrow in picture.arrows:
         facts = [f"label={_dot_text(arrow.label)}"] if arrow.label else []
         facts += ["style=dashed"] if arrow.dashed else []
-        lines.append(f"{pad}{arrow.start} -> {arrow.end}{f' [{", ".join(facts)}]' if facts else ''}")
+        style = f" [{', '.join(facts)}]" if facts else ""
+        lines.append(f"{pad}{arrow.start} -> {arrow.end}{style}")
     return lines
 
 
@@ -121,7 +122,8 @@ _DOT: dict[Shape, str] = {
 def _dot_text(*lines: str) -> str:
     """Lines as one quoted string; backslashes are Graphviz's escapes, so they are doubled."""
     escaped = (_one_line(line).replace("\\", "\\\\").replace('"', '\\"') for line in lines)
-    return f'"{"\\n".join(escaped)}"'
+    text = "\\n".join(escaped)
+    return f'"{text}"'
 
 
 def _one_line(text: str) -> str:

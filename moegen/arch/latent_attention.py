@@ -84,7 +84,8 @@ class LatentAttention(Attention):
         """Latents and rotary keys, [batch, 1, length, kv_rank + rope_dim]."""
         shape = (batch, 1, length, self.kv_rank + self.rope_dim)
         device = self._expand(b).device
-        return (torch.zeros(shape, dtype=b.spec.precision.cache_dtype, device=device),)
+        latents = torch.zeros(shape, dtype=b.spec.precision.cache_dtype, device=device)
+        return (latents,)
 
     # Parts
 

@@ -23,7 +23,8 @@ def lay_out(statement: str, indent: int) -> list[str]:
     items = split(body)
     for item in items:
         broken = lay_out(item, indent + 4)
-        broken[-1] += "," if len(items) > 1 or head.endswith("{") else ""
+        several = len(items) > 1 or head.endswith("{") or body.endswith(",")
+        broken[-1] += "," if several else ""
         lines += broken
     return [*lines, " " * indent + tail]
 

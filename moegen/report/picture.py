@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from torch import fx
 from moegen.choices import choose
 from moegen.draw import Arrow, Box, Picture, Shape
 from moegen.emit.words import ranges
+from moegen.errors import dotted
 from moegen.graph import meta
 from moegen.graph.component import Component
 from moegen.planner import Plan
@@ -76,24 +78,87 @@ def _text(node: fx.Node, names: facts.Names) -> tuple[str, ...]:
 
 
 def of_plan(plan: Plan) -> Picture:
-    """The whole model: its stack in order, and what each class is made of."""
+    """The whole model: its stack in order, and below it what each class is made of."""
     root = plan.root
-    total = numbers.count(parameters(root))
-    made = Picture(f"{plan.spec.name}: {total} parameters")
-    stack = Picture(f"{plan.spec.name}: {total} parameters")
-    ids = _boxes_of(root, stack)
-    stack.arrows += [Arrow(a, b) for a, b in pairwise(box.id for box in stack.boxes)]
+    made = Picture(f"{plan.spec.name}: {numbers.both(parameters(root))} parameters")
+    stack = Picture(made.title)
     made.frames.append(stack)
+    first = _Stack(root, stack).first
+    below = [c for c in reversed(plan.components) if c is not root and id(c) not in first]
+    ids = {**first, **{id(c): f"c{index}" for index, c in enumerate(below)}}
+    made.boxes += [Box(ids[id(c)], _class(c), "call") for c in below]
     for component in reversed(plan.components):
-        if component is root:
-            continue
-        frame = Picture(f"{component.class_name}: {numbers.count(parameters(component))}")
-        ids |= {}
-        _boxes_of(component, frame)
-        frame.arrows += [Arrow(a, b) for a, b in pairwise(box.id for box in frame.boxes)]
-        made.frames.append(frame)
+        if component is not root:
+            for name, child in component.children.items():
+                arrow = Arrow(ids[id(component)], ids[id(child)], name, dashed=True)
+                made.arrows.append(arrow)
     return made
 
 
-def _boxes_of(component: Component, picture: Picture) -> dict[str, str]:
-    return {}
+class _Stack:
+    """The model's own parameters and its layers, in the order of their first use."""
+
+    def __init__(self, root: Component, picture: Picture) -> None:
+        self.picture = picture
+        self.first: dict[int, str] = {}  # by component's id, the first box that stands for it
+        self.chain: list[str] = []
+        done: set[str] = set()
+        for node in root.programs["forward"].graph.nodes:
+            target = str(node.target)
+            part = target.partition(".")[0]
+            if node.op == "placeholder" and not self.chain:
+                self._add((target,), "round", picture)
+            elif node.op == "get_attr" and target in root.weights and target not in done:
+                done.add(target)
+                lines = (target, _sizes(root.weights[target].shape))
+                self._add(lines, "parameter", picture)
+            elif node.op == "call_module" and part not in done:
+                done.add(part)
+                children = root.children.items()
+                self._children([c for n, c in children if n.partition(".")[0] == part])
+        self._add(("output",), "round", picture)
+        picture.arrows += [Arrow(a, b) for a, b in pairwise(self.chain)]
+
+    def _children(self, layers: list[Component]) -> None:
+        """Runs of equal layers as one box each, a repeated pattern in a frame of its own."""
+        size = _period(layers)
+        times = len(layers) // size
+        frame = self.picture
+        if 1 < size < len(layers):
+            frame = Picture(f"{times} times")
+            self.picture.frames.append(frame)
+            layers = layers[:size]
+        start = 0
+        for _, group in itertools.groupby(layers, key=id):
+            run = list(group)
+            count = f" x {len(run)}" if len(run) > 1 else ""
+            name, *rest = _class(run[0])
+            where = ranges(list(range(start, start + len(run))))
+            place = [] if frame is not self.picture or len(layers) == 1 else [f"layer {where}"]
+            box = self._add((f"{name}{count}", *place, *rest), "call", frame)
+            self.first.setdefault(id(run[0]), box)
+            start += len(run)
+
+    def _add(self, lines: tuple[str, ...], shape: Shape, into: Picture) -> str:
+        name = f"s{len(self.chain)}"
+        into.boxes.append(Box(name, lines, shape))
+        self.chain.append(name)
+        return name
+
+
+def _period(layers: list[Component]) -> int:
+    """The length of the shortest pattern whose repetition the stack is; else its own length."""
+    for size in range(1, len(layers) // 2 + 1):
+        if len(layers) % size == 0 and layers[:size] * (len(layers) // size) == layers:
+            return size
+    return len(layers)
+
+
+def _class(component: Component) -> tuple[str, ...]:
+    """A class with its section of the spec and its parameters."""
+    count = numbers.count(parameters(component))
+    return component.class_name, dotted(component.path), f"{count} parameters"
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

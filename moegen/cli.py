@@ -1,0 +1,293 @@
+"""The command `moegen`. Imports what is heavy only inside the commands that need it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moegen import __version__
+from moegen.errors import MoegenError
+from moegen.gpus import GPUS
+from moegen.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from moegen.planner import Plan
+
+TRACEBACK = "MOEGEN_TRACEBACK"
+
+
+class Commands(click.Group):
+    """A group whose commands end with a sentence and an exit code, whatever happens.
+
+    2 for what is wrong with the input, 1 for a fault of moegen, 130 for Ctrl-C.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; errors become messages on stderr."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except MoegenError as error:
+            click.echo(str(error), err=True)
+            self._trace(ctx)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+        except BrokenPipeError:
+            sys.stdout = None  # type: ignore[assignment]  # nobody reads it any more
+            ctx.exit(141)
+        except Exception as error:
+            said = str(error).splitlines()[0] if str(error) else "no message"
+            click.echo(f"moegen failed: {type(error).__name__}: {said}", err=True)
+            if not self._trace(ctx):
+                click.echo("This is a fault of moegen. --traceback shows where it is.", err=True)
+            ctx.exit(1)
+
+    def _trace(self, ctx: click.Context) -> bool:
+        wanted = bool(ctx.params.get("traceback"))
+        if wanted:
+            click.echo(traceback.format_exc(), err=True)
+        return wanted
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="SPEC is the path of a YAML file. Exit code 2: the input is wrong; 1: moegen failed.",
+)
+@click.version_option(__version__, prog_name="moegen")
+@click.option(
+    "--import",
+    "imports",
+    metavar="FILE.py",
+    multiple=True,
+    help="Run a Python file that defines elements, e.g. a routing policy.",
+)
+@click.option("--traceback", is_flag=True, envvar=TRACEBACK, help="Show where an error was raised.")
+def cli(imports: tuple[str, ...], traceback: bool) -> None:
+    """Compile a Mixture-of-Experts architecture from a YAML spec to a PyTorch package."""
+    if imports:
+        from moegen.plugins import load_file
+
+        for path in imports:
+            load_file(path)
+
+
+spec_argument = click.argument("spec", type=click.Path(path_type=str))
+override_option = click.option(
+    "-o",
+    "--override",
+    "overrides",
+    metavar="PATH=VALUE",
+    multiple=True,
+    help="Change a value of the spec, e.g. moe.experts=64; may be given again.",
+)
+
+
+@cli.command()
+@spec_argument
+@override_option
+@click.option("-b", "--backend", default="eager", show_default=True, help="What emits the ops.")
+@click.option("--out", metavar="DIR", help="Folder to write into; generated/NAME unless given.")
+@click.option("--force", is_flag=True, help="Write over files that were edited or are foreign.")
+def build(
+    spec: str, overrides: tuple[str, ...], backend: str, out: str | None, force: bool
+) -> None:
+    """Write SPEC's model as a package of Python files."""
+    from moegen.api import build as write
+    from moegen.api import plan
+    from moegen.backend import backend as find_backend
+    from moegen.report.built import print_built
+    from moegen.report.screen import console
+
+    chosen = find_backend(backend)
+    made = plan(spec, overrides)
+    folder = write(made, out, backend=backend, force=force)
+    print_built(console(), made, folder, chosen)
+
+
+@cli.command()
+@spec_argument
+@override_option
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--sequence", type=click.IntRange(min=1), help="Tokens; max_sequence, at most 4096.")
+@click.option(
+    "--optimizer",
+    metavar="NAME",
+    default="adamw-mixed",
+    show_default=True,
+    help=f"For the memory of training: {', '.join(OPTIMIZERS)}.",
+)
+@click.option("--checkpointing", is_flag=True, help="Recompute layers in the backward pass.")
+@click.option("--gpu", metavar="NAME", help=f"Say whether one holds it: {', '.join(GPUS)}.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: integers exact, keys stable.")
+def estimate(spec: str, overrides: tuple[str, ...], as_json: bool, **workload: Any) -> None:
+    """Print SPEC's parameters, FLOPs and memory.
+
+    An override with several values, -o moe.experts=8,16,32, makes a table with a row for each
+    combination.
+    """
+    from moegen.api import estimate as of_spec
+    from moegen.report.sweep import print_sweep, sweep_facts, varied
+    from moegen.spec.source import sweep
+
+    combinations = sweep(overrides)
+    if len(combinations) > 1:
+        names = varied(overrides)
+        if as_json:
+            _print_json(sweep_facts(spec, combinations, names, workload))
+        else:
+            print_sweep(spec, combinations, names, workload)
+        return
+    made = of_spec(spec, combinations[0], **workload)
+    if as_json:
+        from moegen.report.facts import facts
+
+        _print_json(facts(made))
+    else:
+        from moegen.report.estimate import print_estimate
+        from moegen.report.screen import console
+
+        print_estimate(console(), made)
+
+
+@cli.command()
+@spec_argument
+@click.argument("path", required=False)
+@override_option
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--sequence", type=click.IntRange(min=1), help="Tokens; max_sequence, at most 4096.")
+@click.option(
+    "--program",
+    metavar="NAME",
+    default="forward",
+    show_default=True,
+    help="Which program: forward, step, new_cache, loss, or another that a class has.",
+)
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "mermaid", "dot"]),
+    default="text",
+    show_default=True,
+    help="A table, or a picture for Markdown or Graphviz.",
+)
+def show(
+    spec: str,
+    path: str | None,
+    overrides: tuple[str, ...],
+    program: str,
+    style: str,
+    batch: int,
+    sequence: int | None,
+) -> None:
+    """Show the classes of SPEC, or the graph of one.
+
+    PATH is a section of the spec, such as moe or model.moe.router, or the name of a class.
+    """
+    from moegen.api import plan
+
+    made = plan(spec, overrides, batch=batch, sequence=sequence)
+    if style == "text":
+        _show_text(made, path, program)
+    else:
+        _show_picture(made, path, program, style)
+
+
+def _show_text(made: Plan, path: str | None, program: str) -> None:
+    from moegen.report.graph import print_component
+    from moegen.report.lookup import find
+    from moegen.report.overview import print_overview
+    from moegen.report.screen import console
+
+    screen = console()
+    if path is None:
+        print_overview(screen, made)
+        return
+    found = find(made, path)
+    for component in found.components:
+        print_component(screen, made, component, program, found.part)
+
+
+def _show_picture(made: Plan, path: str | None, program: str, style: str) -> None:
+    from moegen.draw import FORMATS
+    from moegen.report.lookup import find
+    from moegen.report.picture import of_component, of_plan
+
+    if path is None:
+        pictures = [of_plan(made)]
+    else:
+        pictures = [of_component(one, program) for one in find(made, path).components]
+    for picture in pictures:
+        click.echo(FORMATS[style](picture), nl=False)
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.pass_context
+def check(ctx: click.Context, folder: Path) -> None:
+    """Compare the package in DIR with what its own spec.yaml gives.
+
+    Exit code 1 and a line for each file that differs.
+    """
+    from moegen.api import check as differences
+
+    found = differences(folder)
+    for line in found:
+        click.echo(f"{folder}: {line}")
+    if found:
+        ctx.exit(1)
+    click.echo(f"{folder} is what its spec.yaml gives")
+
+
+@cli.command()
+@click.option("--out", metavar="FILE", help="Write to a file; standard output unless given.")
+def schema(out: str | None) -> None:
+    """Print the JSON Schema of specs, for completion in an editor."""
+    from moegen.report.schema import schema_text
+
+    text = schema_text()
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        Path(out).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MoegenError(f"cannot write {out}: {error.strerror or error}") from None
+    click.echo(f"wrote {out}", err=True)
+
+
+@cli.command()
+@click.argument("spec", required=False)
+def backends(spec: str | None) -> None:
+    """List the installed backends, and what they lack, for SPEC if given."""
+    from moegen.report.listing import print_backends
+    from moegen.report.screen import console
+
+    print_backends(console(), spec)
+
+
+@cli.command()
+@click.option("--published", is_flag=True, help="Only what the authors print; much faster.")
+def specs(published: bool) -> None:
+    """List the specs in ./specs, or else those that come with moegen."""
+    from moegen.report.listing import print_specs
+    from moegen.report.screen import console
+
+    print_specs(console(), published)
+
+
+def _print_json(facts: Any) -> None:
+    click.echo(json.dumps(facts, indent=2))
+
+
+def main() -> None:
+    """The entry point of the command."""
+    cli()
