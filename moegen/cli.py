@@ -41,7 +41,7 @@ class Commands(click.Group):
             click.echo("interrupted", err=True)
             ctx.exit(130)
         except BrokenPipeError:
-            sys.stdout = None  # type: ignore[assignment]  # nobody reads it any more
+            sys.stdout = None  # nobody reads it any more
             ctx.exit(141)
         except Exception as error:
             said = str(error).splitlines()[0] if str(error) else "no message"

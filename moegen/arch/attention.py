@@ -112,6 +112,15 @@ class GroupedQueryAttention(Attention):
         """Named apart where windows alternate."""
         return "SlidingAttention" if self.window else "Attention"
 
+    def describe(self, spec: Any) -> str:
+        """`Grouped-query attention: 32 heads of 128, 8 of keys and values.`"""
+        kv_heads = self.kv_heads or self.heads
+        kind = {1: "Multi-query", self.heads: "Multi-head"}.get(kv_heads, "Grouped-query")
+        shared = "" if kv_heads == self.heads else f", {kv_heads} of keys and values"
+        window = f", window of {self.window.size}" if self.window else ""
+        width = self.rope_width(spec.model.d_model)
+        return f"{kind} attention: {self.heads} heads of {width}{shared}{window}."
+
     def rope_width(self, d_model: int) -> int:
         """The whole head."""
         return self.head_dim or d_model // self.heads

@@ -32,6 +32,11 @@ class Block(Layer):
         kind = ("MoE" if self.moe else "Dense") if self.routing else ""
         return f"{sliding}{kind}Block"
 
+    def describe(self, spec: Any) -> str:
+        """`Attention and a mixture of experts, each on a residual branch.`"""
+        part = "a mixture of experts" if self.moe else "a feed-forward network"
+        return f"Attention and {part}, each on a residual branch."
+
     def programs(self) -> tuple[str, ...]:
         """Training, decoding and its cache."""
         balanced = self.moe and self.moe.router.balance_bias

@@ -87,6 +87,13 @@ class Decoder(Model):
         update = self.moe and any(m.router.balance_bias for _, m, _ in self.routed())
         return ("forward", "loss", "step", "new_cache", *(("update_balance",) if update else ()))
 
+    def describe(self, spec: Any) -> str:
+        """`Decoder of 61 layers, 7168 wide, 129280 token ids.`"""
+        routed = len(self.routed())
+        part = f", {routed} of them routed" if 0 < routed < self.layers else ""
+        layers = f"{self.layers} layers{part}"
+        return f"Decoder of {layers}; {self.d_model} wide, {self.vocab_size} token ids."
+
     def class_name(self) -> str:
         """What users import."""
         return "Model"

@@ -27,6 +27,10 @@ class FeedForward(Layer):
         """As written."""
         return "FeedForward"
 
+    def describe(self, spec: Any) -> str:
+        """`Feed-forward network: swiglu, 18432 wide.`"""
+        return f"Feed-forward network: {self.activation.kind}, {self.width} wide."
+
     def forward(self, b: Builder, x: Any) -> Any:
         """x [..., d] to [..., d]."""
         if self.activation.gated:

@@ -43,6 +43,11 @@ class LatentAttention(Attention):
         if self.window is not None:
             yield ("window",), "latent attention has no sliding window; use kind gqa"
 
+    def describe(self, spec: Any) -> str:
+        """`Latent attention: 128 heads, 512 + 64 numbers cached a position.`"""
+        cached = f"{self.kv_rank} + {self.rope_dim} numbers cached a position"
+        return f"Latent attention: {self.heads} heads, {cached}."
+
     def rope_width(self, d_model: int) -> int:
         """The rotary part of a head."""
         return self.rope_dim

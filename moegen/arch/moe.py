@@ -54,6 +54,10 @@ class SharedExperts(FeedForward):
         """Apart from dense networks."""
         return "SharedExperts"
 
+    def describe(self, spec: Any) -> str:
+        """`Shared experts: swiglu, 2048 wide together.`"""
+        return f"Shared experts: {self.activation.kind}, {self.width} wide together."
+
 
 def _by_name(value: Any) -> Any:
     """`balance: 0.01` as `balance: {kind: balance, weight: 0.01}`; 0 and none are no loss."""
@@ -176,6 +180,14 @@ class MoE(Layer):
         base = self.model_dump(exclude={"overrides"})
         change = self.overrides[index].model_dump(exclude={"layers"})
         return MoE.model_validate(merged(base, change))
+
+    def describe(self, spec: Any) -> str:
+        """`Mixture of 256 experts, 2048 wide: 8 a token, 1 shared.`"""
+        select = self.router.select
+        share = select.active(self) * self.num_experts
+        met = f"{self.chosen} a token" if self.chosen else f"{float(share):g} a token on average"
+        shared = f", {self.shared.count} shared" if self.shared else ""
+        return f"Mixture of {self.num_experts} experts, {self.expert_width} wide: {met}{shared}."
 
     def programs(self) -> tuple[str, ...]:
         """Training, decoding, and the balance bias's update where there is one."""

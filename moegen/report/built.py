@@ -11,6 +11,7 @@ from moegen.backend import Backend
 from moegen.parameters import count
 from moegen.planner import Plan
 from moegen.report import numbers
+from moegen.report.estimate import headline
 from moegen.report.screen import heading, plain, table
 
 _LARGE = 10**9  # parameters from which a model is made without memory for them
@@ -19,8 +20,7 @@ _LARGE = 10**9  # parameters from which a model is made without memory for them
 def print_built(screen: Console, plan: Plan, folder: Path, backend: Backend) -> None:
     """Where the package is, how large its files are, what it may lack here, and the next step."""
     counts = count(plan.root, plan.spec.model.head.tied)
-    total, active = numbers.both(counts.total), numbers.both(counts.active)
-    screen.print(Text.assemble(plain(plan.spec.name), f": {total} parameters, {active} active"))
+    screen.print(headline(plan.spec.name, counts))
     heading(screen, Text.assemble("wrote ", plain(folder)))
     rows = table(None, ("file", ">lines", "what"))
     classes = len(plan.components)

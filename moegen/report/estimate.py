@@ -5,19 +5,26 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from moegen.errors import visible
 from moegen.estimator import Estimate
+from moegen.parameters import Counts
 from moegen.report import numbers
 from moegen.report.memory import print_memory
 from moegen.report.parameters import print_parameters
-from moegen.report.screen import note, plain
+from moegen.report.screen import note
 from moegen.report.work import print_flops
+
+
+def headline(name: str, counts: Counts) -> Text:
+    """A model's name and its size in one line."""
+    active = f"{numbers.count(counts.active)} active for a token"
+    return Text.assemble((visible(name), "bold"), f": {numbers.parameters(counts.total)}, {active}")
 
 
 def print_estimate(screen: Console, made: Estimate) -> None:
     """Everything known of one spec at one workload."""
     spec, work, counts = made.plan.spec, made.plan.workload, made.counts
-    total, active = numbers.both(counts.total), numbers.both(counts.active)
-    screen.print(Text.assemble(plain(spec.name), f": {total} parameters, {active} active"))
+    screen.print(headline(spec.name, counts))
     longest = getattr(spec.model, "max_sequence", work.sequence)
     if work.sequence > longest:
         beyond = f"{numbers.exact(work.sequence)} tokens are more than its max_sequence"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path as FilePath
-
 from rich.console import Console
 from rich.text import Text
 from torch import fx
@@ -17,7 +15,7 @@ from moegen.planner import Plan
 from moegen.report import nodes as facts
 from moegen.report import numbers
 from moegen.report.lookup import copies, layers
-from moegen.report.overview import parameters
+from moegen.report.overview import line, parameters
 from moegen.report.screen import heading, note, plain, table
 from moegen.report.section import section
 from moegen.spec.element import Path
@@ -42,13 +40,13 @@ def print_component(
 
 def _head(screen: Console, plan: Plan, component: Component) -> None:
     sites = copies(plan)[id(component)]
-    count = numbers.both(parameters(component))
-    text = Text(component.class_name, style="bold").append(f"  {count} parameters", style="none")
+    count = numbers.parameters(parameters(component))
+    text = Text.assemble((component.class_name, "bold"), f": {count}")
     inside = layers(sites)
     if inside:
-        text.append(f", layer{'s' if len(inside) > 1 else ''} {ranges(inside)}", style="none")
+        text.append(f", layer{'s' if len(inside) > 1 else ''} {ranges(inside)}")
     if len(sites) > 1:
-        text.append(f", {numbers.exact(len(sites))} copies", style="none")
+        text.append(f", {numbers.exact(len(sites))} copies")
     screen.print()
     screen.print(text)
     screen.print(plain(component.element.describe(plan.spec)))
@@ -78,18 +76,18 @@ def _graph(
     title = f"{component.class_name}.{program}, batch {work.batch} x {work.sequence} tokens"
     made = table(title, ("name", "op", "shape", "dtype", ">FLOPs", ">saved", ">line"))
     for node in rows:
-        if node.op == "output":
+        if node.op == "output" or facts.is_access(node, named=True):
             continue
         cost = costs.get(node, facts.NodeFacts())
         value = facts.value(node)
         made.add_row(
-            names[node],
-            facts.expression(node, names) if wide else facts.operation(node),
+            names[node].removeprefix("self."),
+            facts.expression(component, node, names) if wide else facts.operation(component, node),
             facts.shape(value),
             facts.dtype(value),
             numbers.flops(cost.flops) if cost.flops else "",
             numbers.size(cost.saved) if cost.saved else "",
-            _line(plan, component, node),
+            line(plan, _path(component, node)),
         )
     screen.print()
     screen.print(made)
@@ -100,14 +98,8 @@ def _graph(
     )
 
 
-def _line(plan: Plan, component: Component, node: fx.Node) -> str:
-    """The spec's line that a node comes from, with the file where it is another one."""
-    path = meta.origin(node).path if meta.ORIGIN in node.meta else component.path
-    mark, own = plan.mark(path), plan.mark(component.path)
-    if mark is None:
-        return ""
-    other = own is not None and mark.file != own.file
-    return f"{FilePath(visible(mark.file)).name}:{mark.line}" if other else str(mark.line)
+def _path(component: Component, node: fx.Node) -> Path:
+    return meta.origin(node).path if meta.ORIGIN in node.meta else component.path
 
 
 def _from(node: fx.Node, part: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ from moegen.emit.expression import ATOM, Printer, Text
 from moegen.graph import meta
 from moegen.graph.component import Component
 from moegen.passes.cost import Costs
-
 
 Names = dict[fx.Node, str]
 
@@ -42,24 +42,40 @@ def costs(component: Component, program: str) -> dict[fx.Node, NodeFacts]:
     return found
 
 
-def operation(node: fx.Node) -> str:
+def operation(component: Component, node: fx.Node) -> str:
     """The name of what a node computes: linear, top_k, attention()."""
+    target: Any = node.target
     if node.op == "placeholder":
         return "input"
     if node.op == "get_attr":
-        return "parameter"
+        kinds = {"parameter": component.weights, "buffer": component.buffers}
+        return next((kind for kind, known in kinds.items() if target in known), "flag")
     if node.op == "call_module":
         method = meta.method(node)
-        return f"{node.target}{'' if method == 'forward' else '.' + method}()"
-    target: Any = node.target
+        return f"{target}{'' if method == 'forward' else '.' + method}()"
     return str(target if isinstance(target, str) else getattr(target, "__name__", target))
 
 
-def expression(node: fx.Node, names: Names) -> str:
-    """The statement's right side, with the inputs by name, as the emitted class would say it."""
-    if node.op in ("placeholder", "get_attr", "output"):
-        return operation(node)
-    return Printer(lambda other: Text(names[other], ATOM)).node(node).code
+def expression(component: Component, node: fx.Node, names: Names) -> str:
+    """The statement's right side, with the inputs by name, as the emitted class says it."""
+    if node.op in ("placeholder", "get_attr"):
+        return operation(component, node)
+
+    def spell(other: fx.Node) -> Text:
+        hidden = is_access(other, named=True)
+        return printer.node(other) if hidden else Text(names[other], ATOM)
+
+    printer = Printer(spell)
+    return printer.node(node).code
+
+
+def is_access(node: fx.Node, *, named: bool = False) -> bool:
+    """Whether a node only reads a field or a part of another; with named, and has no name."""
+    if named and (meta.name(node) or meta.PART in node.meta):
+        return False
+    if node.target is getattr:
+        return True
+    return node.target is operator.getitem and isinstance(node.args[1], (int, str))
 
 
 def name_all(graph: fx.Graph) -> Names:
@@ -80,7 +96,7 @@ def name_all(graph: fx.Graph) -> Names:
 
 
 def shape(value: Any) -> str:
-    """[1, 256, 128] for a tensor; a structure by its parts' number, a number as it is."""
+    """[1, 256, 128] for a tensor; a record by its class, other structures by their length."""
     if isinstance(value, Tensor):
         return f"[{', '.join(map(str, value.shape))}]"
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -91,8 +107,11 @@ def shape(value: Any) -> str:
 
 
 def dtype(value: Any) -> str:
-    """float32 of a tensor; empty for anything else."""
-    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
+    """fp32, bf16 or int64 of a tensor; empty for anything else."""
+    if not isinstance(value, Tensor):
+        return ""
+    name = str(value.dtype).removeprefix("torch.")
+    return name.replace("bfloat", "bf").replace("float", "fp")
 
 
 def value(node: fx.Node) -> Any:

@@ -25,9 +25,15 @@ def count(value: Number) -> str:
     return _short(value, _COUNT)
 
 
-def both(value: int) -> str:
-    """671,026,404,352 (671.0 B); a small number stands alone."""
-    return exact(value) if value < 10_000 else f"{exact(value)} ({count(value)})"
+def parameters(value: int) -> str:
+    """671,026,404,352 parameters (671.0 B); a small number stands alone."""
+    return f"{exact(value)} parameters{'' if value < 1000 else f' ({count(value)})'}"
+
+
+def work(value: Number) -> str:
+    """142.8 GFLOPs."""
+    number, _, unit = flops(value).partition(" ")
+    return f"{number} {unit}FLOPs"
 
 
 def size(value: Number) -> str:

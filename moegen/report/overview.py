@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path as FilePath
 
 from rich.console import Console
 from rich.text import Text
 
 from moegen.emit.words import ranges
-from moegen.errors import dotted
+from moegen.errors import dotted, visible
 from moegen.graph.component import Component
 from moegen.planner import Plan
 from moegen.report import numbers
 from moegen.report.lookup import copies, layers
 from moegen.report.screen import note, plain, table
+from moegen.spec.element import Path
 
 
 def parameters(component: Component) -> int:
@@ -21,18 +22,22 @@ def parameters(component: Component) -> int:
     return sum(count for count, _, _ in component.totals().values())
 
 
-def place(plan: Plan, component: Component) -> str:
-    """File and line of a component's section."""
-    mark = plan.mark(component.path)
-    return f"{Path(mark.file).name}:{mark.line}" if mark else "-"
+def line(plan: Plan, path: Path) -> str:
+    """The spec's line of a section, with the file where it is not that of the model."""
+    mark, main = plan.mark(path), plan.mark(plan.root.path)
+    if mark is None:
+        return ""
+    other = main is not None and mark.file != main.file
+    return visible(f"{FilePath(mark.file).name}:{mark.line}" if other else str(mark.line))
 
 
 def print_overview(screen: Console, plan: Plan) -> None:
     """One line a component, the model first."""
-    total = numbers.both(parameters(plan.root))
-    count = len(plan.components)
-    screen.print(Text.assemble(plain(plan.spec.name), f": {total} parameters, {count} classes"))
-    columns = ("class", "section of the spec", "line", "layers", ">copies", ">parameters of one")
+    total = numbers.parameters(parameters(plan.root))
+    name, count = plain(plan.spec.name), len(plan.components)
+    mark = plan.mark(plan.root.path)
+    screen.print(Text.assemble(name, f": {total}, {count} classes", style="bold"))
+    columns = ("class", "section", ">line", "layers", ">copies", ">parameters of one")
     rows = table(None, columns)
     sites = copies(plan)
     for component in reversed(plan.components):
@@ -41,12 +46,14 @@ def print_overview(screen: Console, plan: Plan) -> None:
         rows.add_row(
             component.class_name,
             plain(dotted(component.path)),
-            plain(place(plan, component)),
+            line(plan, component.path),
             ranges(inside) if inside else "-",
             numbers.exact(len(names)),
             numbers.exact(parameters(component)),
         )
     screen.print()
     screen.print(rows)
-    note(screen, "A copy is one call site with parameters of its own; children are included.")
-    note(screen, "Give a section or a class to see its graph, e.g. `moegen show SPEC moe`.")
+    if mark is not None:
+        note(screen, f"Lines of {visible(mark.file)}.")
+    note(screen, "A copy is a call site with parameters of its own, its children's included.")
+    note(screen, "`moegen show SPEC CLASS` or `SECTION` shows a graph.")

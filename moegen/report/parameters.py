@@ -45,7 +45,8 @@ def _by_role(screen: Console, made: Estimate) -> None:
     screen.print()
     screen.print(rows)
     if counts.buffers:
-        note(screen, f"and {numbers.both(counts.buffers)} values in buffers, not parameters")
+        held = numbers.exact(counts.buffers)
+        note(screen, f"Not counted: {held} values in buffers that checkpoints hold.")
 
 
 def _active(screen: Console, made: Estimate) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from itertools import pairwise
 
 from torch import fx
@@ -33,9 +32,9 @@ def of_component(component: Component, program: str) -> Picture:
     graph = component.programs[program].graph
     names = facts.name_all(graph)
     made = Picture(f"{component.class_name}.{program}")
-    shown = {n: f"n{i}" for i, n in enumerate(graph.nodes) if not _is_access(n)}
+    shown = {n: f"n{i}" for i, n in enumerate(graph.nodes) if not facts.is_access(n)}
     for node, name in shown.items():
-        made.boxes.append(Box(name, _text(node, names), _SHAPES.get(node.op, "box")))
+        made.boxes.append(Box(name, _text(component, node, names), _SHAPES.get(node.op, "box")))
         arrows = {}
         for source in node.all_input_nodes:
             origin, label = _origin(source)
@@ -44,19 +43,10 @@ def of_component(component: Component, program: str) -> Picture:
     return made
 
 
-def _is_access(node: fx.Node) -> bool:
-    """Whether a node only reads a field or a part of another."""
-    if node.target is getattr:
-        return True
-    return node.target is operator.getitem and (
-        meta.PART in node.meta or isinstance(node.args[1], (int, str))
-    )
-
-
 def _origin(node: fx.Node) -> tuple[fx.Node, str]:
     """The node whose value this is a part of, and the way there: `.cos`, `[0]`."""
     label = ""
-    while _is_access(node):
+    while facts.is_access(node):
         whole, key = node.args
         step = f".{key}" if node.target is getattr else f"[{key}]"
         label = step + label
@@ -65,13 +55,13 @@ def _origin(node: fx.Node) -> tuple[fx.Node, str]:
     return node, label
 
 
-def _text(node: fx.Node, names: facts.Names) -> tuple[str, ...]:
+def _text(component: Component, node: fx.Node, names: facts.Names) -> tuple[str, ...]:
     if node.op == "output":
         return ("output",)
     value = facts.value(node)
     kind = f"{facts.shape(value)} {facts.dtype(value)}".strip()
     name = names[node].removeprefix("self.")
-    first = name if node.op in ("placeholder", "get_attr") else facts.operation(node)
+    first = name if node.op in ("placeholder", "get_attr") else facts.operation(component, node)
     if meta.name(node) and node.op not in ("placeholder", "get_attr"):
         first = f"{name} = {first}"
     return tuple(part for part in (first, kind) if part)
@@ -80,7 +70,7 @@ def _text(node: fx.Node, names: facts.Names) -> tuple[str, ...]:
 def of_plan(plan: Plan) -> Picture:
     """The whole model: its stack in order, and below it what each class is made of."""
     root = plan.root
-    made = Picture(f"{plan.spec.name}: {numbers.both(parameters(root))} parameters")
+    made = Picture(f"{plan.spec.name}: {numbers.parameters(parameters(root))}")
     stack = Picture(made.title)
     made.frames.append(stack)
     first = _Stack(root, stack).first
@@ -133,8 +123,9 @@ class _Stack:
             run = list(group)
             count = f" x {len(run)}" if len(run) > 1 else ""
             name, *rest = _class(run[0])
-            where = ranges(list(range(start, start + len(run))))
-            place = [] if frame is not self.picture or len(layers) == 1 else [f"layer {where}"]
+            word = "layers" if len(run) > 1 else "layer"
+            where = f"{word} {ranges(list(range(start, start + len(run))))}"
+            place = [where] if frame is self.picture and len(layers) > 1 else []
             box = self._add((f"{name}{count}", *place, *rest), "call", frame)
             self.first.setdefault(id(run[0]), box)
             start += len(run)
@@ -155,9 +146,10 @@ def _period(layers: list[Component]) -> int:
 
 
 def _class(component: Component) -> tuple[str, ...]:
-    """A class with its section of the spec and its parameters."""
+    """A class with its section of the spec, if it has one of its own, and its parameters."""
+    place = (dotted(component.path),) if len(component.path) > 1 else ()
     count = numbers.count(parameters(component))
-    return component.class_name, dotted(component.path), f"{count} parameters"
+    return component.class_name, *place, f"{count} parameters"
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -35,6 +35,7 @@ def table(title: str | None, columns: Sequence[str], *, footer: Sequence[str] = 
         box=box.SIMPLE,
         show_edge=False,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         show_footer=bool(footer),
     )
     for index, name in enumerate(columns):
@@ -43,7 +44,7 @@ def table(title: str | None, columns: Sequence[str], *, footer: Sequence[str] = 
             name.removeprefix(">"),
             footer=footer[index] if footer else "",
             justify="right" if number else "left",
-            no_wrap=number,
+            no_wrap=number or index == 0,
             overflow="fold",
         )
     return made

@@ -38,5 +38,5 @@ def _notes(screen: Console, made: Estimate) -> None:
     )
     if made.checkpointing:
         note(screen, "Backward includes the layers' second forward pass (--checkpointing).")
-    decode = numbers.flops(made.decode_flops)
-    screen.print(f"Decoding one token in a cache of {length} positions: {decode} FLOPs.")
+    decode = numbers.work(made.decode_flops)
+    screen.print(f"Decoding one token in a cache of {length} positions: {decode}.")
