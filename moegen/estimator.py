@@ -115,7 +115,7 @@ def estimate(
     inference = _inference(plan, step)
     made = Estimate(
         plan=plan,
-        counts=count(plan.root, tied=plan.spec.model.head.tied),
+        counts=count(plan.root, tied=plan.spec.model.tied),
         flops=_per_token(forward, plan.costs["loss"], tokens),
         decode_flops=Fraction(sum(step.flops.values()), plan.workload.batch),
         weight_bytes={role: weight for role, (_, _, weight) in totals.items()},
@@ -165,9 +165,7 @@ def _training(plan: Plan, forward: Summary, optimizer: str, checkpointing: bool)
     gradients = sum(scheme.gradient(w) * n for w, n in held)
     state = sum(scheme.state(w) * n for w, n in held)
     saved = forward.saved + size(plan.results["forward"].logits) + loss.saved
-    peak = max(
-        forward.peak_forward, loss.peak_forward, loss.peak_backward, forward.peak_backward
-    )
+    peak = max(forward.peak_forward, loss.peak_forward, loss.peak_backward, forward.peak_backward)
     kept = "layers' inputs and what lies outside layers" if checkpointing else "each tensor once"
     return Memory(
         (
@@ -216,7 +214,9 @@ def _advice(made: Estimate, gpu: Gpu, training: bool, inference: bool) -> Iterat
         if saved >= over and made.plan.workload.batch > 1:
             yield "a smaller --batch: saved activations alone are more than what is missing"
         for name, scheme in OPTIMIZERS.items():
-            state = sum((scheme.state(w) + scheme.gradient(w)) * n for w, n in weights(made.plan.root))
+            state = sum(
+                (scheme.state(w) + scheme.gradient(w)) * n for w, n in weights(made.plan.root)
+            )
             less = lines["optimizer state"] + lines["gradients"] - state
             if less >= over > 0:
                 yield f"--optimizer {name} frees {less / 1e9:.1f} GB, which is enough"

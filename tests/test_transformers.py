@@ -197,5 +197,18 @@ def test_every_tensor_is_needed(name):
             convert(name, {**tensors, "layers.1.extra": torch.zeros(1)})
 
 
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    # The defaults of transformers' configs are these models.
+    [("mixtral", "mixtral-8x7b"), ("deepseek_v3", "deepseek-v3"), ("gpt_oss", "gpt-oss-120b")],
+)
+def test_published_models_have_these_tensors(name, spec):
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(name)).state_dict()
+        model = moegen.module(Path(__file__).parents[1] / "specs" / f"{spec}.yaml").Model()
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in to_moegen(name, theirs).items()} == shapes
+
+
 def test_every_family_has_a_case():
     assert sorted(FAMILIES) == NAMES

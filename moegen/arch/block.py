@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
 
@@ -12,14 +12,14 @@ from moegen.arch.moe import MoE
 from moegen.arch.norm import Norm
 from moegen.graph.builder import Builder
 from moegen.graph.layer import Layer
-from moegen.spec.element import Path, one_of
+from moegen.spec.element import OneOf, Path
 
 
 class Block(Layer):
     """One layer of a stack. Made by the model; a spec writes its parts."""
 
-    norm: one_of(Norm)
-    attention: one_of(Attention)
+    norm: Annotated[Norm, OneOf(Norm)]
+    attention: Annotated[Attention, OneOf(Attention)]
     ffn: FeedForward | None = None
     moe: MoE | None = None
     moe_path: Path = ()
@@ -79,6 +79,7 @@ class Block(Layer):
         return self._after(b, "attention_norm", x, out)
 
     def _routed(self, b: Builder, *inputs: Any) -> Any:
+        assert self.moe is not None
         return b.child("moe", self.moe, *inputs, path=self.moe_path, role="routed_experts")
 
     def _dense(self, b: Builder, h: Any) -> Any:

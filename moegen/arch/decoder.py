@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from moegen.arch.norm import Norm, RMSNorm
 from moegen.arch.rope import Rope
 from moegen.graph.builder import Builder
 from moegen.ops.losses import next_token_loss, real_tokens
-from moegen.spec.element import Element, Path, one_of
+from moegen.spec.element import Element, OneOf, Path
 
 
 class Embedding(Element):
@@ -50,10 +50,13 @@ class Decoder(Model):
     vocab_size: int = Field(ge=1, le=10**8, description="number of token ids")
     d_model: int = Field(ge=1, le=10**6, description="width of the residual stream")
     layers: int = Field(ge=1, le=10**4, description="number of blocks")
-    max_sequence: int = Field(4096, ge=1, le=10**9, description="longest sequence to serve")
     embedding: Embedding = Field(Embedding(), description="token embedding")
-    norm: one_of(Norm) = Field(RMSNorm(), description="normalisation of blocks and before head")
-    attention: one_of(Attention) = Field(description="attention of every block")
+    norm: Annotated[Norm, OneOf(Norm)] = Field(
+        RMSNorm(), description="normalisation of blocks and before head"
+    )
+    attention: Annotated[Attention, OneOf(Attention)] = Field(
+        description="attention of every block"
+    )
     ffn: FeedForward | None = Field(None, description="network of the layers not routed")
     moe: MoE | None = Field(None, description="mixture of experts of the routed layers")
     residual_scale: float = Field(1.0, gt=0, le=1e3, description="factor on every branch")
@@ -99,6 +102,11 @@ class Decoder(Model):
         return "Model"
 
     # Facts
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head uses the embedding's table."""
+        return self.head.tied
 
     def routed(self) -> list[tuple[int, MoE, Path]]:
         """Every routed layer with its MoE and the place in the spec that says it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -11,7 +11,7 @@ from moegen.arch.activation import Activation, SwiGLU
 from moegen.arch.init import ZEROS
 from moegen.graph.builder import Builder
 from moegen.graph.layer import Layer
-from moegen.spec.element import one_of
+from moegen.spec.element import OneOf
 
 
 class FeedForward(Layer):
@@ -20,12 +20,10 @@ class FeedForward(Layer):
     shorthand = "width"
 
     width: int = Field(ge=1, le=10**7, description="hidden width")
-    activation: one_of(Activation) = Field(SwiGLU(), description="activation, e.g. swiglu, relu")
+    activation: Annotated[Activation, OneOf(Activation)] = Field(
+        SwiGLU(), description="activation, e.g. swiglu, relu"
+    )
     bias: bool = Field(False, description="whether the projections have a bias")
-
-    def class_name(self) -> str:
-        """As written."""
-        return "FeedForward"
 
     def describe(self, spec: Any) -> str:
         """`Feed-forward network: swiglu, 18432 wide.`"""
@@ -46,3 +44,19 @@ class FeedForward(Layer):
     def _linear(self, b: Builder, name: str, x: Any) -> Any:
         bias = b.param(f"{name}_bias", self.width, init=ZEROS) if self.bias else None
         return F.linear(x, b.param(name, self.width, b.spec.model.d_model), bias)
+
+
+class ResidualFeedForward(FeedForward):
+    """A dense network whose output is added to a routed one's (Arctic 2024)."""
+
+
+class ExtraFeedForward(FeedForward):
+    """A dense network on a branch of its own after a routed one (ST-MoE 2022)."""
+
+
+class SharedExperts(FeedForward):
+    """All shared experts as one network: a sum of networks side by side is a wider one."""
+
+    def describe(self, spec: Any) -> str:
+        """`Shared experts: swiglu, 2048 wide together.`"""
+        return f"Shared experts: {self.activation.kind}, {self.width} wide together."

@@ -56,7 +56,7 @@ class LatentAttention(Attention):
         """x [B, S, d] to [B, S, d], causal, with keys and values expanded."""
         q_nope, q_rope = self._queries(b, x, context)
         latent, k_rope = self._latent(b, x, context)
-        expanded = F.linear(latent, self._expand(b)).unflatten(-1, (self.heads, -1))
+        expanded = torch.unflatten(F.linear(latent, self._expand(b)), -1, (self.heads, -1))
         k_nope, v = expanded.transpose(1, 2).split_with_sizes([self.nope_dim, self.value_dim], -1)
         q = torch.cat((q_nope, q_rope), -1)
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.heads, -1, -1)), -1)
@@ -103,7 +103,7 @@ class LatentAttention(Attention):
             q = F.linear(x, b.param("query_down", self.q_rank, d_model))
             q = RMSNorm(eps=self.norm_eps).apply(b, "query_norm", q, self.q_rank)
             q = F.linear(q, b.param("query_up", width, self.q_rank))
-        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = torch.unflatten(q, -1, (self.heads, -1)).transpose(1, 2)
         q_nope, q_rope = q.split_with_sizes([self.nope_dim, self.rope_dim], -1)
         return q_nope, self._turn(b, q_rope, context)
 

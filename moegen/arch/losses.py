@@ -32,6 +32,11 @@ class AuxiliaryLoss(Kinds):
     weight: float = Field(ge=0, le=1e6, description="coefficient in the total loss")
     reduction: Literal["sum", "mean"] = Field("sum", description="over the routed layers")
 
+    @property
+    def pooled(self) -> bool:
+        """Whether it exists over all layers only."""
+        return False
+
     def of_layer(self, b: Builder, scored: Scored, routed: Routed, probability: Any) -> Any:
         """The layer's own value, not weighted; probability [E] is the mean score of each expert."""
         raise TypeError(f"{type(self).__name__} computes nothing")
@@ -59,8 +64,13 @@ class BalanceLoss(AuxiliaryLoss):
 
     def rules(self) -> Iterator[tuple[Path, str]]:
         """Pooled statistics are of all choices."""
-        if self.reduction == "pooled" and self.count == "first":
+        if self.pooled and self.count == "first":
             yield ("count",), "the pooled loss counts all choices; use count all or mean"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether statistics are averaged over layers before the product."""
+        return self.reduction == "pooled"
 
     def of_layer(self, b: Builder, scored: Scored, routed: Routed, probability: Any) -> Any:
         """The loss of this layer's statistics."""
@@ -72,7 +82,7 @@ class BalanceLoss(AuxiliaryLoss):
 
     def over_layers(self, b: Builder, name: str, routing: Any, chosen: int) -> Any:
         """Reduced as the spec says."""
-        if self.reduction == "pooled":
+        if self.pooled:
             return pooled_balance_loss(routing, chosen if self.count == "all" else 1)
         return super().over_layers(b, name, routing, chosen)
 

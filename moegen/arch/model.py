@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pydantic import Field
+
 from moegen.graph.layer import Layer
 from moegen.spec.element import Kinds
 
@@ -14,6 +16,13 @@ class Model(Kinds, Layer):
     default_kind: ClassVar[str | None] = "decoder"
 
     runtime: ClassVar[str] = ""  # the class that emitted models of this kind derive from
+
+    max_sequence: int = Field(4096, ge=1, le=10**9, description="longest sequence to serve")
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head uses the embedding's table."""
+        return False
 
     def examples(self, batch: Any, sequence: Any, new: int = 1) -> dict[str, Any]:
         """Inputs of each program, in the order to run them, as functions of results so far."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from moegen.arch.activation import Activation, SwiGLU
 from moegen.arch.capacity import Capacity
-from moegen.arch.feed_forward import FeedForward
+from moegen.arch.feed_forward import ExtraFeedForward, ResidualFeedForward, SharedExperts
 from moegen.arch.init import ZEROS
 from moegen.arch.losses import AuxiliaryLoss
 from moegen.arch.placement import Placement
@@ -23,7 +22,7 @@ from moegen.graph.layer import Layer
 from moegen.ops.balance import move_bias
 from moegen.ops.experts import grouped_bias, grouped_linear
 from moegen.ops.losses import masked_mean
-from moegen.spec.element import Element, Path, one_of
+from moegen.spec.element import Element, OneOf, Path
 
 
 class Experts(Element):
@@ -33,7 +32,9 @@ class Experts(Element):
 
     count: int = Field(ge=1, le=10**7, description="routed experts, before granularity")
     width: int = Field(ge=1, le=10**7, description="hidden width, before granularity")
-    activation: one_of(Activation) = Field(SwiGLU(), description="activation, e.g. swiglu, relu")
+    activation: Annotated[Activation, OneOf(Activation)] = Field(
+        SwiGLU(), description="activation, e.g. swiglu, relu"
+    )
     bias: bool = Field(False, description="whether the projections have a bias")
 
 
@@ -45,18 +46,6 @@ class Shared(Element):
     count: int = Field(1, ge=1, le=10**6, description="how many, each as wide as `width`")
     width: int | None = Field(None, ge=1, le=10**7, description="hidden width; a routed expert's")
     gate: bool = Field(False, description="weigh their output by sigmoid(x w) (Qwen MoE)")
-
-
-class SharedExperts(FeedForward):
-    """All shared experts as one network: a sum of networks side by side is a wider one."""
-
-    def class_name(self) -> str:
-        """Apart from dense networks."""
-        return "SharedExperts"
-
-    def describe(self, spec: Any) -> str:
-        """`Shared experts: swiglu, 2048 wide together.`"""
-        return f"Shared experts: {self.activation.kind}, {self.width} wide together."
 
 
 def _by_name(value: Any) -> Any:
@@ -71,7 +60,8 @@ def _by_name(value: Any) -> Any:
     return named
 
 
-Losses = Annotated[dict[str, one_of(AuxiliaryLoss)], BeforeValidator(_by_name)]
+Loss = Annotated[AuxiliaryLoss, OneOf(AuxiliaryLoss)]
+Losses = Annotated[dict[str, Loss], BeforeValidator(_by_name)]
 
 
 class Override(Element):
@@ -90,10 +80,10 @@ class MoE(Layer):
         1, ge=1, le=10**5, description="m: m times the experts, each 1/m as wide, m times k"
     )
     shared: Shared | None = Field(None, description="experts that every token meets")
-    residual: FeedForward | None = Field(
+    residual: ResidualFeedForward | None = Field(
         None, description="a dense network whose output is added to the routed one's"
     )
-    extra: FeedForward | None = Field(
+    extra: ExtraFeedForward | None = Field(
         None, description="a dense network on a branch of its own after the routed one (ST-MoE)"
     )
     router: Router = Field(Router(), description="how tokens find experts")
@@ -143,9 +133,18 @@ class MoE(Layer):
                 yield ("router", name), f"{name} is for tokens that choose, not for {kind}"
 
     def _broken_overrides(self) -> Iterator[tuple[Path, str]]:
-        for index in range(len(self.overrides)):
+        pooled = any(loss.pooled for loss in self.losses.values())
+        for index, override in enumerate(self.overrides):
+            extra = override.model_extra or {}
+            for name in ("losses", "placement", "overrides"):
+                if name in extra:
+                    yield ("overrides", index, name), f"{name} holds for all routed layers"
             try:
-                self._override(index)
+                other = self._override(index)
+                alike = (other.num_experts, other.chosen) == (self.num_experts, self.chosen)
+                if pooled and not alike:
+                    sentence = "a pooled loss needs the same experts and k in every layer"
+                    yield ("overrides", index), sentence
             except ValidationError as error:
                 for detail in error.errors():
                     context = detail.get("ctx", {}).get("error")
@@ -235,7 +234,7 @@ class MoE(Layer):
         """This layer's auxiliary losses by name, not weighted."""
         values = {}
         for name, loss in self.losses.items():
-            if loss.reduction != "pooled":
+            if not loss.pooled:
                 path = ("losses", name)
                 value = b.inline(loss, "of_layer", scored, routed, probability, path=path)
                 values[name] = b.name(value, name)
@@ -308,12 +307,8 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in change.items():
         old = out.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        if both and value.get("kind", old.get("kind")) == old.get("kind"):
-            out[key] = merged(old, value)
-        else:
-            out[key] = value
+        same = isinstance(old, dict) and isinstance(value, dict)
+        if isinstance(old, dict) and isinstance(value, dict):
+            same = value.get("kind", old.get("kind")) == old.get("kind")
+        out[key] = merged(old, value) if same and old else value
     return out
-
-
-__all__ = ["Experts", "MoE", "Override", "Scored", "Shared", "SharedExperts", "merged"]

@@ -1,17 +1,17 @@
-"""Rotary position embeddings: which dimensions turn, how fast, and how long contexts are reached."""
+"""Rotary position embeddings: which dimensions turn, how fast, and in how long a context."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from moegen.graph.builder import Builder
 from moegen.ops import rope as ops
-from moegen.spec.element import Element, Kinds, Path, one_of
+from moegen.spec.element import Element, Kinds, OneOf, Path
 
 
 class Scaling(Kinds):
@@ -35,7 +35,7 @@ class Linear(Scaling):
 
     def frequencies(self, b: Builder, name: str, dim: int, theta: float, length: Any) -> Any:
         """A constant."""
-        facts = {"dim": dim, "theta": theta, "factor": self.factor}
+        facts: dict[str, Any] = {"dim": dim, "theta": theta, "factor": self.factor}
         return b.buffer(name, dim // 2, make=ops.rope_frequencies, **facts)
 
 
@@ -54,16 +54,9 @@ class Llama3(Scaling):
 
     def frequencies(self, b: Builder, name: str, dim: int, theta: float, length: Any) -> Any:
         """A constant."""
-        facts = {"factor": self.factor, "original": self.original, "low": self.low}
-        return b.buffer(
-            name,
-            dim // 2,
-            make=ops.llama3_frequencies,
-            dim=dim,
-            theta=theta,
-            **facts,
-            high=self.high,
-        )
+        facts: dict[str, Any] = {"dim": dim, "theta": theta, "factor": self.factor}
+        facts |= {"original": self.original, "low": self.low, "high": self.high}
+        return b.buffer(name, dim // 2, make=ops.llama3_frequencies, **facts)
 
 
 class Yarn(Scaling):
@@ -82,7 +75,7 @@ class Yarn(Scaling):
 
     def frequencies(self, b: Builder, name: str, dim: int, theta: float, length: Any) -> Any:
         """A constant."""
-        facts = {
+        facts: dict[str, Any] = {
             "factor": self.factor,
             "original": self.original,
             "beta_fast": self.beta_fast,
@@ -150,7 +143,9 @@ class Rope(Element):
     layout: Literal["half", "interleaved"] = Field(
         "half", description="pairs (i, i + r/2), or pairs (2i, 2i + 1)"
     )
-    scaling: one_of(Scaling, optional=True) = Field(None, description="long-context scaling")
+    scaling: Annotated[Scaling | None, OneOf(Scaling, optional=True)] = Field(
+        None, description="long-context scaling"
+    )
 
     def rules(self) -> Iterator[tuple[Path, str]]:
         """Pairs need an even number of dimensions."""

@@ -13,7 +13,7 @@ import moegen.arch.routing  # noqa: F401  (registers every part of a router)
 from moegen.arch.init import Initialization
 from moegen.arch.model import Model
 from moegen.arch.precision import Precision
-from moegen.spec.element import Element, Path, one_of
+from moegen.spec.element import Element, OneOf, Path
 from moegen.spec.names import safe_name
 
 
@@ -61,7 +61,7 @@ class Spec(Element):
     source: str | None = Field(None, description="paper, report or repository it is from")
     notes: str | None = Field(None, description="what a reader of the spec should know")
     published: Published | None = Field(None, description="the authors' own figures")
-    model: one_of(Model) = Field(description="the network")
+    model: Annotated[Model, OneOf(Model)] = Field(description="the network")
     precision: Precision = Field(Precision(), description="number formats by role")
     init: Initialization = Field(Initialization(), description="how parameters start")
     train: Train = Field(Train(), description="what holds in training only")

@@ -17,8 +17,8 @@ from moegen.emit.expression import constant
 from moegen.emit.layout import lay_out
 from moegen.emit.loops import roll
 from moegen.graph import meta
-from moegen.graph.functions import function_name
 from moegen.graph.component import Buffer, Component, Init, Weight
+from moegen.graph.functions import function_name
 
 Docs = Callable[[Component], str]
 

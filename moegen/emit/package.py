@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path as FilePath
 from typing import Any
@@ -15,6 +15,7 @@ from moegen.emit.classes import Classes
 from moegen.emit.words import class_docs, model_docs
 from moegen.planner import Plan
 from moegen.spec.load import resolved_yaml
+from moegen.spec.source import read_text
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,14 @@ class Package:
 
 
 def package(plan: Plan, backend: Backend) -> Package:
-    """Emit a plan for a backend."""
+    """Emit a plan for a backend.
+
+    Lines of the spec that the code mentions are those of the package's own spec.yaml.
+    """
     import moegen
 
+    resolved = resolved_yaml(dict(plan.data))
+    plan = replace(plan, marks=read_text(resolved, "spec.yaml").marks)
     kind = plan.spec.model.runtime
     classes = Classes(
         docs=lambda component: class_docs(plan, component),
@@ -37,7 +43,6 @@ def package(plan: Plan, backend: Backend) -> Package:
         records=dict(plan.records),
     )
     body = classes.text(plan.components)
-    resolved = resolved_yaml(dict(plan.data))
     files = {
         "__init__.py": _door(plan),
         "model.py": _model(plan, classes, body),
@@ -61,7 +66,7 @@ def package(plan: Plan, backend: Backend) -> Package:
 def class_place(plan: Plan, component: Any) -> dict[str, Any]:
     """Where a class comes from: its path in the spec, and the line there."""
     mark = plan.mark(component.path)
-    place = {"path": ".".join(map(str, component.path))}
+    place: dict[str, Any] = {"path": ".".join(map(str, component.path))}
     if mark is not None:
         place |= {"line": mark.line, "file": FilePath(mark.file).name}
     return place

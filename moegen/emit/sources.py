@@ -70,7 +70,8 @@ def _join(imports: list[str], texts: list[str]) -> str:
 
 def _merged(lines: Iterable[str]) -> list[str]:
     """Import lines in the order of isort: plain ones first, names of one module together."""
-    plain, names = [], {}
+    plain: list[str] = []
+    names: dict[str, list[str]] = {}
     for line in lines:
         if line.startswith("import "):
             plain.append(line)

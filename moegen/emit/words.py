@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from moegen.graph.component import Component
@@ -59,9 +60,9 @@ def _layers(plan: Plan, component: Component) -> str:
 
 def ranges(numbers: list[int]) -> str:
     """Sorted numbers as `0-2, 5, 8, 11 ...`: runs, and steps of equal width, shortened."""
-    if len(numbers) > 2:
+    if len(numbers) > 3:
         step = numbers[1] - numbers[0]
-        if step > 1 and all(b - a == step for a, b in zip(numbers, numbers[1:], strict=False)):
+        if step > 1 and all(b - a == step for a, b in itertools.pairwise(numbers)):
             return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]}"
     runs: list[list[int]] = []
     for number in numbers:

@@ -50,9 +50,9 @@ def differences(folder: Path, rebuild: Callable[[Path, str], Package]) -> list[s
 
 def _write(place: Path, text: str) -> bool:
     """Put a file in place in one step; whether it changed."""
-    if not place.is_symlink() and place.is_file():
-        if place.read_bytes() == text.encode():
-            return False
+    ordinary = place.is_file() and not place.is_symlink()
+    if ordinary and place.read_bytes() == text.encode():
+        return False
     handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:

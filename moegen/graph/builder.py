@@ -1,14 +1,15 @@
-"""Traces an element's plain torch on proxies: one component, straight-line, in its author's names."""
+"""Traces an element's plain torch on proxies: a straight-line component in its author's names."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,7 +20,6 @@ from moegen.graph.layer import Layer
 from moegen.graph.names import assigned, author_frame
 from moegen.ops.op import op_of
 from moegen.spec.element import Element, Path
-
 
 # Attributes of tensors and of torch's return types that are values, not methods.
 _FACTS = {"shape", "dtype", "device", "ndim", "values", "indices", "T", "mT"}
@@ -36,12 +36,12 @@ class NamedProxy(fx.Proxy):
         return iter([self._part(i, name) for i, name in enumerate(names)])
 
     def _part(self, index: int, name: str) -> fx.Proxy:
-        part = self[index]
+        part: fx.Proxy = self[index]  # type: ignore[index]
         part.node.meta[meta.NAME] = name
         part.node.meta[meta.PART] = True
-        return cast(fx.Proxy, part)
+        return part
 
-    def __getattr__(self, name: str) -> fx.Proxy:
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
         """Read a field of a record at once, so that the node is made on the author's line."""
         attribute = super().__getattr__(name)
         if name in _FACTS or not hasattr(torch.Tensor, name):
@@ -86,7 +86,7 @@ class Trace:
 
     spec: Any
     components: dict[tuple[Any, ...], Component] = field(default_factory=dict)
-    records: dict[str, type[tuple[Any, ...]]] = field(default_factory=dict)
+    records: dict[str, Any] = field(default_factory=dict)
 
     def component(self, element: Layer, path: Path, role: str) -> Component:
         """The component of an element, traced with all its programs."""
@@ -99,14 +99,12 @@ class Trace:
             self.components[key] = known
         return known
 
-    def record(self, name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]]:
+    def record(self, name: str, fields: tuple[str, ...]) -> Any:
         """The record type of a name; all records of a name have the same fields."""
-        known = self.records.get(name)
-        if known is None:
-            # Functional form, because the fields depend on the spec.
-            known = NamedTuple(name, [(f, Any) for f in fields])  # type: ignore[misc]
-            self.records[name] = known
-        assert known._fields == fields, f"two records called {name} differ"  # type: ignore[attr-defined]
+        if name not in self.records:
+            self.records[name] = namedtuple(name, fields)
+        known = self.records[name]
+        assert known._fields == fields, f"two records called {name} differ"
         return known
 
     def _class_name(self, element: Layer) -> str:

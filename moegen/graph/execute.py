@@ -38,7 +38,7 @@ def run(
         elif node.op == "call_method":
             value = getattr(arguments[0], str(node.target))(*arguments[1:], **named)
         elif node.op == "call_function":
-            value = node.target(*arguments, **named)  # type: ignore[operator]
+            value = node.target(*arguments, **named)
         else:
             value = arguments[0]
         values[node] = value

@@ -193,6 +193,8 @@ class _Program:
                 yield Ref(bound[name])
 
     def _factors(self, node: fx.Node) -> Iterator[Ref]:
+        a: Any
+        b: Any
         a, b = node.args[0], node.args[1]
         for one, other in ((a, b), (b, a)):
             both = isinstance(one, fx.Node) and isinstance(other, fx.Node)
@@ -232,7 +234,7 @@ class _Program:
             return Ref(node, path)
         inner = _Program._resolver(self.costs, child, meta.method(node))
         source = resolve(Ref(result, path), inner)
-        if source is None or source in below.kept and source.node.op != "placeholder":
+        if source is None or (source in below.kept and source.node.op != "placeholder"):
             return None
         if source.node.op == "placeholder":
             outer = self._inputs(child, meta.method(node), node).get(source.node.name)

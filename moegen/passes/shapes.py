@@ -49,7 +49,9 @@ class Shapes:
 
         graph = component.programs[program].graph
         with self.mode, _blame(graph):
-            result = run(graph, inputs, lambda name: self._attribute(component, name), call, self.done)
+            result = run(
+                graph, inputs, lambda name: self._attribute(component, name), call, self.done
+            )
         self.results[key] = result
         return result
 

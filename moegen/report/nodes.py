@@ -48,7 +48,7 @@ def operation(component: Component, node: fx.Node) -> str:
     if node.op == "placeholder":
         return "input"
     if node.op == "get_attr":
-        kinds = {"parameter": component.weights, "buffer": component.buffers}
+        kinds: dict[str, Any] = {"parameter": component.weights, "buffer": component.buffers}
         return next((kind for kind, known in kinds.items() if target in known), "flag")
     if node.op == "call_module":
         method = meta.method(node)
@@ -102,7 +102,7 @@ def shape(value: Any) -> str:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value).__name__
     if isinstance(value, (tuple, list)) and any(map(_is_structure, value)):
-        return f"{len(value)} values"
+        return f"tuple of {len(value)}"
     return "" if value is None else str(value)
 
 

@@ -69,7 +69,7 @@ def print_sweep(
     gpu = workload.get("gpu")
     paths = [combinations[0][index].partition("=")[0] for index in names]
     columns = [">total", ">active", ">FLOPs", ">training", ">cache"]
-    heads = [f">{plain(path)}" for path in paths]
+    heads = [f">{plain(path).plain.replace('.', f'.{chr(10)}')}" for path in paths]
     made = table(None, [*heads, *columns, *(("trains", "serves") if gpu else ())])
     for combination, one in _estimates(spec, combinations, workload):
         values = [combination[index].partition("=")[2] for index in names]

@@ -55,10 +55,8 @@ class Groups(Restriction):
     def allowed(self, b: Builder, scores: Any) -> Any:
         """Minus infinity outside the best `keep` groups."""
         grouped = scores.unflatten(-1, (self.groups, -1))
-        if self.by == "max":
-            rank = grouped.amax(-1)
-        else:
-            rank = grouped.topk(2, dim=-1).values.sum(-1)
+        pair = self.by == "top2_sum"
+        rank = grouped.topk(2, dim=-1).values.sum(-1) if pair else grouped.amax(-1)
         best = top_k(rank, self.keep)
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
         return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)

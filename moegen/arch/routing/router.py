@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from moegen.arch.routing.routed import Scored
 from moegen.arch.routing.score import LinearScore, Score
 from moegen.arch.routing.select import Selection, TopK
 from moegen.graph.builder import Builder
-from moegen.spec.element import Element, one_of
+from moegen.spec.element import Element, OneOf
 
 if TYPE_CHECKING:
     from moegen.arch.moe import MoE
@@ -35,16 +35,22 @@ class BalanceBias(Element):
 class Router(Element):
     """How tokens find experts. Each part is a choice of its own."""
 
-    score: one_of(Score) = Field(LinearScore(), description="logits of experts for tokens")
-    affinity: one_of(Affinity) = Field(Softmax(), description="scores from logits")
-    noise: one_of(Noise, optional=True) = Field(None, description="exploration in training")
+    score: Annotated[Score, OneOf(Score)] = Field(
+        LinearScore(), description="logits of experts for tokens"
+    )
+    affinity: Annotated[Affinity, OneOf(Affinity)] = Field(
+        Softmax(), description="scores from logits"
+    )
+    noise: Annotated[Noise | None, OneOf(Noise, optional=True)] = Field(
+        None, description="exploration in training"
+    )
     balance_bias: BalanceBias | None = Field(
         None, description="bias for selection, balanced without a loss"
     )
-    restrict: one_of(Restriction, optional=True) = Field(
+    restrict: Annotated[Restriction | None, OneOf(Restriction, optional=True)] = Field(
         None, description="which experts a token may choose from"
     )
-    select: one_of(Selection) = Field(TopK(), description="who chooses whom")
+    select: Annotated[Selection, OneOf(Selection)] = Field(TopK(), description="who chooses whom")
     gate: Gate = Field(Gate(), description="weights of the chosen experts")
 
     def scored(self, b: Builder, moe: MoE, tokens: Any, valid: Any, shape: Any) -> Scored:

@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
         return torch.cat([ids, *(token.unsqueeze(-1) for token in new)], dim=1)
 
     def save(self, path: str | Path) -> None:
-        """Write all parameters and persistent buffers to a safetensors file, whole or not at all."""
+        """Write parameters and persistent buffers to a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
         target = Path(path)
