@@ -21,6 +21,15 @@ LENGTHS = (13, 9)  # of the two sequences where one is padded
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def close(ours, theirs, what):
     """At most TOLERANCE of the reference's largest value, or of 1."""
     assert ours.shape == theirs.shape, what
