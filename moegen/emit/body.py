@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import keyword
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,8 @@ from moegen.graph.builder import has_effect
 from moegen.ops.op import OPS
 
 INDENT = 8
-_TAKEN = {"F", "nn", "self", "torch"}  # besides the ops, names that methods refer to
+# Besides the ops, names that methods refer to.
+_TAKEN = {"F", "nn", "self", "torch", *dir(builtins), *keyword.kwlist}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import ast
 import functools
 import linecache
 import sys
+from dataclasses import dataclass
 from types import FrameType
 
 from moegen.errors import MoegenError
@@ -31,6 +32,13 @@ def author_frame(frame: FrameType | None = None) -> FrameType | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Returned:
+    """The value, or one part of the tuple, that a function returns."""
+
+    part: int | None = None
+
+
 def assigned(frame: FrameType | None) -> Names | None:
     """What the expression that `frame` is evaluating right now is assigned to, if anything.
 
@@ -38,6 +46,7 @@ def assigned(frame: FrameType | None) -> Names | None:
     code's column positions (Python 3.11 or later), so that a graph node can bear the name that
     its author gave the value.
     """
+    parts: list[int] = []
     while frame is not None:
         positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
         line, end_line, column, end_column = positions
@@ -45,38 +54,63 @@ def assigned(frame: FrameType | None) -> Names | None:
             raise MoegenError(_SWITCHED_OFF)
         span = (line, end_line, column, end_column)
         found = _places(frame.f_code.co_filename).get(span)
-        if found != _RETURNED:
-            return found
+        if not isinstance(found, _Returned):
+            return _part(found, parts)
+        if found.part is not None:
+            parts.append(found.part)
         frame = author_frame(frame.f_back) if frame.f_back else None
     return None
+
+
+def _part(names: Names | None, parts: list[int]) -> Names | None:
+    """The name of a part of what is unpacked, however many functions handed it on."""
+    for part in reversed(parts):
+        if not isinstance(names, tuple) or part >= len(names):
+            return None
+        names = names[part]
+    return names
 
 
 _SWITCHED_OFF = (
     "column positions are switched off in this Python (-X no_debug_ranges or "
     "PYTHONNODEBUGRANGES); switch them on, the names in generated code come from them"
 )
-_RETURNED: Names = ()
 
 
 @functools.lru_cache(maxsize=256)
-def _places(filename: str) -> dict[Span, Names]:
-    """Every assignment of a file, by the place of its value and of its tuple of targets."""
-    found: dict[Span, Names] = {}
+def _places(filename: str) -> dict[Span, Names | _Returned]:
+    """Every assignment and return of a file, by the place of its value and of its targets."""
+    found: dict[Span, Names | _Returned] = {}
     for node in ast.walk(ast.parse("".join(linecache.getlines(filename)))):
         if isinstance(node, ast.Return) and node.value is not None:
-            found[_span(node.value)] = _RETURNED
-        if not isinstance(node, ast.Assign) or len(node.targets) != 1:
-            continue
-        target = node.targets[0]
-        names = _names(target)
-        if names is None:
-            continue
-        found[_span(node.value)] = names
-        if isinstance(target, ast.Tuple):
-            found[_span(target)] = names
-            if isinstance(node.value, ast.Tuple):
-                found |= dict(zip(map(_span, node.value.elts), names, strict=False))
+            for value in _branches(node.value):
+                found[_span(value)] = _Returned()
+                if isinstance(value, ast.Tuple):
+                    found |= {_span(v): _Returned(i) for i, v in enumerate(value.elts)}
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            names = _names(node.targets[0])
+            if names is not None:
+                found |= _assigned_values(node, names)
     return found
+
+
+def _assigned_values(node: ast.Assign, names: Names) -> dict[Span, Names | _Returned]:
+    """The places of an assignment's value, or of its parts, with what they are assigned to."""
+    found: dict[Span, Names | _Returned] = {}
+    for value in _branches(node.value):
+        found[_span(value)] = names
+        if isinstance(value, ast.Tuple) and isinstance(names, tuple):
+            found |= dict(zip(map(_span, value.elts), names, strict=False))
+    if isinstance(node.targets[0], ast.Tuple):
+        found[_span(node.targets[0])] = names
+    return found
+
+
+def _branches(value: ast.expr) -> list[ast.expr]:
+    """The expressions that a value may be: those of a conditional expression, or itself."""
+    if isinstance(value, ast.IfExp):
+        return [*_branches(value.body), *_branches(value.orelse)]
+    return [value]
 
 
 def _names(target: ast.expr) -> Names | None:
