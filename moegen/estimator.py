@@ -13,6 +13,7 @@ from moegen.optimizers import OPTIMIZERS
 from moegen.parameters import Counts, count
 from moegen.passes.cost import Summary
 from moegen.passes.refs import size
+from moegen.passes.schedule import Path, critical_path
 from moegen.planner import Plan
 
 Certainty = Literal["exact", "bound", "assumed"]
@@ -52,12 +53,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a GPU holds what is asked, and what to change if it does not."""
+    """Whether a GPU holds what is asked, and what to change if it does not.
+
+    forward: the time below which no forward pass of the workload can be, by the roofline.
+    """
 
     gpu: Gpu
     training: bool
     inference: bool
     advice: tuple[str, ...]
+    forward: Path
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,9 @@ def _inference(plan: Plan, step: Summary) -> Memory:
 def _fit(made: Estimate, gpu: Gpu) -> Fit:
     training = made.training.total <= gpu.memory
     inference = made.inference.total <= gpu.memory
-    return Fit(gpu, training, inference, tuple(_advice(made, gpu, training, inference)))
+    advice = tuple(_advice(made, gpu, training, inference))
+    forward = critical_path(made.plan.root, "forward", gpu)
+    return Fit(gpu, training, inference, advice, forward)
 
 
 def _advice(made: Estimate, gpu: Gpu, training: bool, inference: bool) -> Iterator[str]:

@@ -41,6 +41,12 @@ class Plan:
     marks: Mapping[Path, Mark] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        """What is allowed but seldom meant, each with its place."""
+        found = self.spec.warnings()
+        return tuple(Problem(text, self.mark(path), path) for path, text in found)
+
     def mark(self, path: Path) -> Mark | None:
         """The line of the spec for a path, or for what encloses it."""
         return locate(self.marks, path)

@@ -101,6 +101,16 @@ class Decoder(Model):
         """What users import."""
         return "Model"
 
+    def warnings(self) -> Iterator[tuple[Path, str]]:
+        """Routing that looks ahead cannot be had when decoding."""
+        for _, moe, path in self.routed():
+            select = moe.router.select
+            if not select.causal:
+                below = (*path[1:], "router", "select")
+                sentence = f"{select.kind} looks at later tokens, which decoding does not have yet"
+                yield below, f"{sentence}: losses are too low, and step() routes otherwise"
+                return
+
     # Facts
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from moegen.graph.layer import Layer
-from moegen.spec.element import Kinds
+from moegen.spec.element import Kinds, Path
 
 
 class Model(Kinds, Layer):
@@ -23,6 +24,10 @@ class Model(Kinds, Layer):
     def tied(self) -> bool:
         """Whether the output head uses the embedding's table."""
         return False
+
+    def warnings(self) -> Iterator[tuple[Path, str]]:
+        """Yield (path, sentence) for what is allowed but seldom meant."""
+        yield from ()
 
     def examples(self, batch: Any, sequence: Any, new: int = 1) -> dict[str, Any]:
         """Inputs of each program, in the order to run them, as functions of results so far."""

@@ -71,3 +71,11 @@ class Spec(Element):
         problem = safe_name(self.name)
         if problem:
             yield ("name",), problem
+
+    def warnings(self) -> Iterator[tuple[Path, str]]:
+        """Yield (path, sentence) for what is allowed but seldom meant."""
+        for path, sentence in self.model.warnings():
+            yield ("model", *path), sentence
+        if self.precision.router in ("bf16", "fp16"):
+            sentence = "a router in 16 bits chooses other experts than fp32 for up to 5% of tokens"
+            yield ("precision", "router"), sentence

@@ -270,7 +270,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 @op(
-    flops=lambda rows, bias, ends: rows.shape[0] * rows.shape[1],
+    flops=lambda rows, bias, ends: 2 * rows.shape[0] * rows.shape[1],
     backward=1.0,
     saves=("bias", "ends"),
     extra=lambda rows, bias, ends: rows.shape[0] * rows.element_size(),

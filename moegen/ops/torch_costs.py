@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -40,9 +41,19 @@ FLOPS: dict[Key, Callable[..., int]] = {
     F.scaled_dot_product_attention: _sdpa,
 }
 
-# FLOPs of the backward pass over those of the forward pass; 2 unless said. Flash attention
-# computes the scores again (Dao 2023).
-BACKWARD: dict[Key, float] = {F.scaled_dot_product_attention: 2.5}
+
+def _five_products(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Fraction:
+    """Flash attention computes the scores again (Dao 2023): three products as wide as q, two as v.
+
+    2.5 where q and v are equally wide.
+    """
+    return Fraction(3 * q.shape[-1] + 2 * v.shape[-1], q.shape[-1] + v.shape[-1])
+
+
+# FLOPs of the backward pass over those of the forward pass, from the arguments; 2 unless said.
+BACKWARD: dict[Key, Callable[..., Fraction]] = {
+    F.scaled_dot_product_attention: _five_products
+}
 
 # What backward keeps: numbers are arguments, "out" is the result. A product keeps each factor
 # whose partner needs a gradient, which is "factors".

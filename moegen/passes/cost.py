@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, fx
@@ -149,11 +150,12 @@ class _Program:
         known = op_of(node.target)
         if known:
             flops = known.flops(*args, **kwargs) if known.flops else 0
-            ratio = known.backward
+            ratio: float | Fraction = known.backward
         else:
             formula = torch_costs.FLOPS.get(node.target)
             flops = formula(meta.val(node), *args, **kwargs) if formula else 0
-            ratio = torch_costs.BACKWARD.get(node.target, 2.0)
+            more = torch_costs.BACKWARD.get(node.target)
+            ratio = more(*args, **kwargs) if more else 2.0
         if not self.grads[node]:
             return int(flops), 0
         first = node.args[0] if node.args else None

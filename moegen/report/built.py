@@ -12,7 +12,7 @@ from moegen.parameters import count
 from moegen.planner import Plan
 from moegen.report import numbers
 from moegen.report.estimate import headline
-from moegen.report.screen import heading, plain, table
+from moegen.report.screen import heading, plain, print_warning, table
 
 _LARGE = 10**9  # parameters from which a model is made without memory for them
 
@@ -33,9 +33,8 @@ def print_built(screen: Console, plan: Plan, folder: Path, backend: Backend) -> 
         text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
         rows.add_row(name, numbers.exact(len(text.splitlines())), what)
     screen.print(rows)
-    for problem in backend.needs(plan):
-        hint = f"; {problem.hint}" if problem.hint else ""
-        screen.print(Text.assemble(("warning: ", "bold"), plain(f"{problem.message}{hint}")))
+    for problem in (*plan.warnings, *backend.needs(plan)):
+        print_warning(screen, problem)
     heading(screen, "next")
     screen.print(f"  {_command(folder, counts.total)}", soft_wrap=True)
     screen.print(Text.assemble("  moegen check ", plain(folder)), soft_wrap=True)

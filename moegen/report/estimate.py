@@ -11,7 +11,7 @@ from moegen.parameters import Counts
 from moegen.report import numbers
 from moegen.report.memory import print_memory
 from moegen.report.parameters import print_parameters
-from moegen.report.screen import note
+from moegen.report.screen import note, print_warning
 from moegen.report.work import print_flops
 
 
@@ -32,3 +32,5 @@ def print_estimate(screen: Console, made: Estimate) -> None:
     print_parameters(screen, made)
     print_flops(screen, made)
     print_memory(screen, made)
+    for problem in made.plan.warnings:
+        print_warning(screen, problem)

@@ -53,7 +53,7 @@ def share(part: Number, whole: Number) -> str:
 
 def _short(value: Number, units: tuple[str, ...]) -> str:
     """Four significant digits and a unit; below 1000, whole numbers as they are."""
-    if abs(value) < 1000:
+    if -1000 < value < 1000:
         return f"{exact(value)}{units[0]}"
     scaled, power = Fraction(value), 0
     # 999.95 would print as 1000.0

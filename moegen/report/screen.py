@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moegen.errors import visible
+from moegen.errors import Problem, visible
 
 Cell = str | Text
 
@@ -59,3 +59,12 @@ def heading(screen: Console, text: Cell) -> None:
 def note(screen: Console, text: Cell) -> None:
     """A remark below a table."""
     screen.print(text if isinstance(text, Text) else Text(text), style="dim")
+
+
+def print_warning(screen: Console, problem: Problem) -> None:
+    """What is allowed but seldom meant, on one line with its place."""
+    mark = problem.mark
+    place = f"{mark.file}:{mark.line}: " if mark else ""
+    hint = f"; {problem.hint}" if problem.hint else ""
+    text = f"{place}{problem.message}{hint}"
+    screen.print(Text.assemble(("warning: ", "bold"), plain(text)), soft_wrap=True)
