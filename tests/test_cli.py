@@ -17,7 +17,7 @@ from moegen.cli import cli
 from moegen.gpus import GPUS
 from moegen.optimizers import OPTIMIZERS
 from moegen.plugins import load_installed
-from moegen.report.numbers import count, exact, flops, parameters, size, work
+from moegen.report.numbers import count, exact, flops, parameters, seconds, size, work
 from moegen.report.published import agrees
 from moegen.report.schema import schema_text
 
@@ -79,6 +79,7 @@ def test_json_is_exact_and_has_these_keys() -> None:
         "training_memory",
         "inference_memory",
         "gpu",
+        "warnings",
     ]
     made = moegen.estimate(TINY)
     numbers = found["parameters"]
@@ -323,6 +324,8 @@ def test_numbers_are_exact_and_short() -> None:
     assert flops(0) == "0"
     assert work(142_800_000_000) == "142.8 GFLOPs"
     assert exact(1234.5) == "1,234.5"
+    times = [seconds(t) for t in (4e-5, 0.0123, 1.5, 3330.0)]
+    assert times == ["40 us", "12.3 ms", "1.5 s", "3,330 s"]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_component_has_its_lines_and_its_graph() -> None:
     assert "   20 |     losses:" in text
     assert "   21 |" not in text
     line = next(row for row in rows(text) if row[0] == "logits")
-    assert line == ["logits", "linear", "[256, 16]", "fp32", "1.049 M", "139.3 kB", "16"]
+    assert line == ["logits", "linear", "[256,16]", "fp32", "1.049 M", "131.1 kB", "16"]
     names = [row[0] for row in rows(text)]
     assert "router" in names
     assert "shared" in names

@@ -14,7 +14,7 @@ from moegen.graph import meta
 from moegen.graph.component import Component
 from moegen.ops import torch_costs
 from moegen.ops.op import op_of
-from moegen.passes.refs import Ref, at, resolve, size
+from moegen.passes.refs import Ref, at, made, resolve, size
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,9 @@ class _Program:
         return {p.name: a for p, a in pairs if isinstance(a, fx.Node)}
 
     def _cost(self, node: fx.Node) -> Cost:
-        value = meta.val(node)
         moved = 0
-        if isinstance(value, (Tensor, tuple)) and resolve(Ref(node), self._through) == Ref(node):
-            moved = size(value) + sum(size(meta.val(i)) for i in node.all_input_nodes)
+        if made(node) and resolve(Ref(node), self._through) == Ref(node):
+            moved = made(node) + sum(made(i) for i in node.all_input_nodes)
         flops, backward = self._flops(node)
         if not self.grads[node]:
             return Cost(flops, 0, moved, 0)
@@ -142,7 +141,8 @@ class _Program:
         self._keep(kept)
         extra = self._extra(node)
         self.out.saved += extra
-        saved = extra + sum(size(at(meta.val(r.node), r.path)) for r in kept)
+        values = (r for r in kept if r.node.op != "get_attr")  # parameters are there anyway
+        saved = extra + sum(size(at(meta.val(r.node), r.path)) for r in values)
         return Cost(flops, backward, moved, saved)
 
     def _flops(self, node: fx.Node) -> tuple[int, int]:
@@ -227,15 +227,16 @@ class _Program:
         graph = child.programs[meta.method(node)].graph
         last = next(iter(reversed(graph.nodes)))
         result: Any = last.args[0]
-        while path and isinstance(result, (tuple, list)):
-            index = path[0]
+        rest = path
+        while rest and isinstance(result, (tuple, list)):
+            index = rest[0]
             if not isinstance(index, int):
                 break
-            result, path = result[index], path[1:]
+            result, rest = result[index], rest[1:]
         if not isinstance(result, fx.Node):
             return Ref(node, path)
         inner = _Program._resolver(self.costs, child, meta.method(node))
-        source = resolve(Ref(result, path), inner)
+        source = resolve(Ref(result, rest), inner)
         if source is None or (source in below.kept and source.node.op != "placeholder"):
             return None
         if source.node.op == "placeholder":
@@ -245,10 +246,10 @@ class _Program:
 
     @staticmethod
     def _resolver(costs: Costs, child: Component, program: str) -> Any:
-        made = _Program.__new__(_Program)
-        made.costs, made.component = costs, child
-        made.graph = child.programs[program].graph
-        return made._through
+        program_of = _Program.__new__(_Program)
+        program_of.costs, program_of.component = costs, child
+        program_of.graph = child.programs[program].graph
+        return program_of._through
 
     # Peaks
 
@@ -263,24 +264,26 @@ class _Program:
         source = resolve(Ref(node), self._through)
         if source != Ref(node) or source in self.out.kept:
             return 0
-        value = meta.val(node)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return 0  # a record holds what other nodes made
-        return size(value)
+        return made(node)
 
     def _peak_forward(self) -> int:
-        last = {
-            node: max((self.nodes.index(u) for u in node.users), default=-1) for node in self.nodes
-        }
+        """Values alive at once, walking forwards, on top of a child's own."""
+        place = {node: i for i, node in enumerate(self.nodes)}
+        ends: dict[int, list[fx.Node]] = {}
+        for node in self.nodes:
+            ends.setdefault(max((place[u] for u in node.users), default=place[node]), []).append(
+                node
+            )
         alive: dict[fx.Node, int] = {}
-        peak = 0
-        for place, node in enumerate(self.nodes):
+        now = peak = 0
+        for node in self.nodes:
             inside = self._child(node)[1].peak_forward if node.op == "call_module" else 0
             if node.op == "call_module" and self.costs.checkpointed(str(node.target)):
                 inside += self._child(node)[1].saved
             alive[node] = self._own(node)
-            peak = max(peak, sum(alive.values()) + inside)
-            alive = {n: b for n, b in alive.items() if last[n] > place}
+            now += alive[node]
+            peak = max(peak, now + inside)
+            now -= sum(alive.pop(done) for done in ends.get(place[node], ()))
         return peak
 
     def _peak_backward(self) -> int:
@@ -290,12 +293,10 @@ class _Program:
         for node in reversed(self.nodes):
             if node.op == "output" or not self.grads.get(node):
                 continue
-            value = node.meta.get(meta.VAL)
-            alive.setdefault(node, size(value) if isinstance(value, Tensor) else 0)
+            alive.setdefault(node, made(node))
             for source in node.all_input_nodes:
-                if self.grads.get(source) and source.op not in ("get_attr",):
-                    part = source.meta.get(meta.VAL)
-                    alive.setdefault(source, size(part) if isinstance(part, Tensor) else 0)
+                if self.grads.get(source) and source.op != "get_attr":
+                    alive.setdefault(source, made(source))
             inside = 0
             if node.op == "call_module":
                 below = self._child(node)[1]

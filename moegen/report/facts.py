@@ -10,6 +10,7 @@ from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
 
+from moegen.errors import Problem, dotted
 from moegen.estimator import Estimate, Memory
 from moegen.report.published import published
 
@@ -43,6 +44,7 @@ def facts(made: Estimate) -> Facts:
         "training_memory": _memory(made.training),
         "inference_memory": _memory(made.inference),
         "gpu": _gpu(made),
+        "warnings": [_warning(problem) for problem in made.plan.warnings],
     }
 
 
@@ -88,6 +90,12 @@ def _memory(memory: Memory) -> Facts:
     return {"total": memory.total, "lines": lines}
 
 
+def _warning(problem: Problem) -> Facts:
+    mark = problem.mark
+    place = {"file": mark.file, "line": mark.line} if mark else {"file": None, "line": None}
+    return {"path": dotted(problem.path), "message": problem.message, **place}
+
+
 def _gpu(made: Estimate) -> Facts | None:
     fit = made.fit
     if fit is None:
@@ -99,5 +107,7 @@ def _gpu(made: Estimate) -> Facts | None:
         "source": fit.gpu.source,
         "training_fits": fit.training,
         "inference_fits": fit.inference,
+        "forward_seconds": fit.forward.total,
+        "forward_chain_seconds": fit.forward.seconds,
         "advice": list(fit.advice),
     }

@@ -74,28 +74,36 @@ def _graph(
     wide = screen.width >= WIDE
     work = plan.workload
     title = f"{component.class_name}.{program}, batch {work.batch} x {work.sequence} tokens"
-    made = table(title, ("name", "op", "shape", "dtype", ">FLOPs", ">saved", ">line"))
+    whole = costs.total if len(rows) == len(graph.nodes) else facts.NodeFacts()
+    footer = ("total", "", "", "", *_cells(whole), "") if whole.flops or whole.saved else ()
+    columns = ("name", "op", "shape", "dtype", ">FLOPs", ">saved", ">line")
+    made = table(title, columns, footer=footer)
+    made.columns[2].no_wrap = True
     for node in rows:
         if node.op == "output" or facts.is_access(node, named=True):
             continue
-        cost = costs.get(node, facts.NodeFacts())
+        cost = costs.nodes.get(node, facts.NodeFacts())
         value = facts.value(node)
         made.add_row(
             names[node].removeprefix("self."),
             facts.expression(component, node, names) if wide else facts.operation(component, node),
-            facts.shape(value),
+            facts.shape(value) if wide else facts.shape(value).replace(", ", ","),
             facts.dtype(value),
-            numbers.flops(cost.flops) if cost.flops else "",
-            numbers.size(cost.saved) if cost.saved else "",
+            *_cells(cost),
             line(plan, _path(component, node)),
         )
     screen.print()
     screen.print(made)
     note(
         screen,
-        "FLOPs: forward, of one call. saved: bytes that backward keeps; a tensor that two nodes "
-        f"keep is counted at both. line: of the spec. {numbers.BYTES_NOTE}.",
+        "FLOPs: forward, of one call. saved: bytes kept for backward at each node that keeps them; "
+        f"the total has a tensor once, and no inputs. line: of the spec. {numbers.BYTES_NOTE}.",
     )
+
+
+def _cells(cost: facts.NodeFacts) -> tuple[str, str]:
+    flops = numbers.flops(cost.flops) if cost.flops else ""
+    return flops, numbers.size(cost.saved) if cost.saved else ""
 
 
 def _path(component: Component, node: fx.Node) -> Path:

@@ -49,9 +49,9 @@ def _fit(screen: Console, made: Estimate, fit: Fit) -> None:
         free = gpu.memory - memory.total
         verdict = f"fits, {numbers.size(free)} left" if fits else f"lacks {numbers.size(-free)}"
         screen.print(f"  {name:<9}  {verdict}")
-    spent, chain = fit.forward.total * 1e3, fit.forward.seconds * 1e3
-    bound = f"no forward pass is faster than {spent:.3g} ms with its operations one by one"
-    screen.print(f"  {'roofline':<9}  {bound}, {chain:.3g} ms along the longest chain")
+    spent, chain = numbers.seconds(fit.forward.total), numbers.seconds(fit.forward.seconds)
+    screen.print(f"  roofline   a forward pass takes {spent} or more, {chain} of it in one chain")
     for advice in fit.advice:
         screen.print(f"  - {advice}")
-    note(screen, f"Memory as in {gpu.source}.")
+    peak, bandwidth = numbers.work(int(gpu.flops)), numbers.size(int(gpu.bandwidth))
+    note(screen, f"{peak}/s dense bf16, {bandwidth}/s: {gpu.source}.")

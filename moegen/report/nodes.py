@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,21 @@ class NodeFacts:
     saved: int | None = None
 
 
-def costs(component: Component, program: str) -> dict[fx.Node, NodeFacts]:
-    """Costs of a program's nodes; a call of a child costs what the child's program does."""
+@dataclass(frozen=True)
+class ProgramFacts:
+    """Of one program: its nodes' costs, and their sum, in which a kept tensor counts once."""
+
+    nodes: Mapping[fx.Node, NodeFacts]
+    total: NodeFacts
+
+
+def costs(component: Component, program: str) -> ProgramFacts:
+    """Costs of a program; a call of a child costs what the child's program does."""
     nodes = list(component.programs[program].graph.nodes)
     if any(meta.VAL not in node.meta for node in nodes if node.op != "output"):
-        return {}  # never run at this workload
+        return ProgramFacts({}, NodeFacts())  # never run at this workload
     summed = Costs()
-    summed.of(component, program)
+    whole = summed.of(component, program)
     found = {}
     for node in nodes:
         if node.op == "call_module":
@@ -39,7 +48,7 @@ def costs(component: Component, program: str) -> dict[fx.Node, NodeFacts]:
         elif meta.COST in node.meta:
             cost = node.meta[meta.COST]
             found[node] = NodeFacts(cost.flops, cost.saved)
-    return found
+    return ProgramFacts(found, NodeFacts(sum(whole.flops.values()), whole.saved))
 
 
 def operation(component: Component, node: fx.Node) -> str:

@@ -46,6 +46,13 @@ def flops(value: Number) -> str:
     return _short(value, _FLOPS)
 
 
+def seconds(value: float) -> str:
+    """A time in s, ms or us: three digits, or whole seconds."""
+    if value >= 1:
+        return f"{value:.3g} s" if value < 100 else f"{value:,.0f} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+
+
 def share(part: Number, whole: Number) -> str:
     """A part of a whole in per cent."""
     return f"{100 * float(Fraction(part) / Fraction(whole)):.1f} %" if whole else "-"
