@@ -43,6 +43,10 @@ class Commands(click.Group):
         except BrokenPipeError:
             sys.stdout = None  # nobody reads it any more
             ctx.exit(141)
+        except OSError as error:
+            click.echo(f"error: {error.filename or 'output'}: {error.strerror or error}", err=True)
+            self._trace(ctx)
+            ctx.exit(1)
         except Exception as error:
             said = str(error).splitlines()[0] if str(error) else "no message"
             click.echo(f"moegen failed: {type(error).__name__}: {said}", err=True)
@@ -275,13 +279,13 @@ def backends(spec: str | None) -> None:
 
 
 @cli.command()
-@click.option("--published", is_flag=True, help="Only what the authors print; much faster.")
-def specs(published: bool) -> None:
+@click.option("--count", is_flag=True, help="Count parameters; the authors' figures otherwise.")
+def specs(count: bool) -> None:
     """List the specs in ./specs, or else those that come with moegen."""
     from moegen.report.listing import print_specs
     from moegen.report.screen import console
 
-    print_specs(console(), published)
+    print_specs(console(), counted=count)
 
 
 def _print_json(facts: Any) -> None:

@@ -42,16 +42,16 @@ def _state(name: str, made: Any) -> tuple[str, str]:
         return "", f"it cannot be imported: {error}"
 
 
-def print_specs(screen: Console, published: bool) -> None:
+def print_specs(screen: Console, *, counted: bool) -> None:
     """Every spec by name: total and active parameters, and where the architecture is from."""
     folder = spec_folder()
-    title = f"{folder}: {'as published' if published else 'counted'}"
+    title = f"{folder}: {'counted' if counted else 'as published'}"
     rows = table(title, ("name", ">total", ">active", "source"))
-    for name, *cells in _published(folder) if published else _counted(folder):
+    for name, *cells in _counted(folder) if counted else _published(folder):
         rows.add_row(plain(name), *map(plain, cells))
     screen.print(rows)
-    if not published:
-        note(screen, "active: all that a token uses, both embeddings included.")
+    said = "both embeddings included" if counted else "as its authors count it"
+    note(screen, f"active: parameters that a token uses, {said}.")
 
 
 def spec_folder() -> Path:
