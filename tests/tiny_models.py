@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -62,11 +62,11 @@ def _text(source: Source) -> str:
     return json.dumps(SPECS[source] if isinstance(source, str) else source)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _planned(text: str, batch: int, length: int) -> Plan:
     return moegen.plan(json.loads(text), batch=batch, sequence=length)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _imported(text: str) -> ModuleType:
     return moegen.module(_planned(text, BATCH, LENGTH))

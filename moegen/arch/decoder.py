@@ -49,7 +49,7 @@ class Decoder(Model):
     kind: Literal["decoder"] = "decoder"
     vocab_size: int = Field(ge=1, le=10**8, description="number of token ids")
     d_model: int = Field(ge=1, le=10**6, description="width of the residual stream")
-    layers: int = Field(ge=1, le=10**4, description="number of blocks")
+    layers: int = Field(ge=1, le=2000, description="number of blocks")
     embedding: Embedding = Field(Embedding(), description="token embedding")
     norm: Annotated[Norm, OneOf(Norm)] = Field(
         RMSNorm(), description="normalisation of blocks and before head"

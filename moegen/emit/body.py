@@ -58,7 +58,7 @@ class _Attempt:
         self.body = body
         self.nodes = list(body.graph.nodes)
         self.names: dict[fx.Node, str] = {}
-        self.used: set[str] = set()
+        self.holder: dict[str, fx.Node] = {}
         self.roots: list[tuple[fx.Node, str]] = []
         self.inlined: dict[fx.Node, list[fx.Node]] = {}
         self.printer = Printer(self.spell, body.plain)
@@ -108,7 +108,7 @@ class _Attempt:
         for place, node in enumerate(self.nodes):
             if node.op == "placeholder":
                 self.names[node] = str(node.target)
-                self.used.add(str(node.target))
+                self.holder[str(node.target)] = node
                 unpack = self._unpack(node, place)
                 if unpack:
                     out.append(Statement(unpack))
@@ -128,7 +128,7 @@ class _Attempt:
         parts = self._unpack(node, place, value)
         if parts:
             return parts
-        first = (meta.name(node) or _plain_name(node)) not in self.used
+        first = (meta.name(node) or _plain_name(node)) not in self.holder
         name = self._take(node, place)
         # A module's call has no type of its own.
         typed = first and is_module_call(node) and isinstance(meta.val(node), Tensor)
@@ -159,14 +159,18 @@ class _Attempt:
     def _take(self, node: fx.Node, place: int) -> str:
         """A name for a node's value: its author's, unless that still holds something needed."""
         wanted = meta.name(node) or _plain_name(node)
-        busy = {n for other, n in self.names.items() if self.last[other] > place}
-        busy |= _TAKEN | OPS.keys()
         name, count = wanted, 2
-        while name in busy:
+        while self._is_busy(name, place):
             name, count = f"{wanted}_{count}", count + 1
         self.names[node] = name
-        self.used.add(name)
+        self.holder[name] = node
         return name
+
+    def _is_busy(self, name: str, place: int) -> bool:
+        """Whether a name holds something that is read later, or means something else."""
+        held = self.holder.get(name)
+        alive = held is not None and self.last[held] > place
+        return alive or name in _TAKEN or name in OPS
 
     def spell(self, node: fx.Node) -> Text:
         if node in self.names:

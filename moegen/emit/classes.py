@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -264,6 +265,8 @@ def _collect(node: fx.Node, examples: dict[str, Any]) -> None:
             for part in value:
                 look(part)
 
+    if node.target is operator.add:
+        return  # a tuple of records grows by others that were seen
     if node.op == "output":
         look(fx.node.map_arg(node.args[0], meta.val))
     elif meta.VAL in node.meta:

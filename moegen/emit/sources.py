@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from moegen.errors import PackageError, Problem
 from moegen.ops.op import OPS
 
 HEAD = '"""The operations of this model: plain PyTorch, one function each."""'
@@ -37,9 +38,10 @@ def ops_module(names: set[str]) -> str:
             continue
         seen.add((module_name, name))
         module = _module(module_name)
+        own = any(name in defines for defines, _, _ in module.statements)
         for index, (defines, uses, _) in enumerate(module.statements):
             # A statement that defines nothing (a registration) comes with what it registers.
-            if name in defines or (not defines and name in uses):
+            if name in defines or (own and not defines and name in uses):
                 kept.setdefault(module_name, set()).add(index)
                 todo += [(module_name, use) for use in sorted(uses | defines)]
         for bound, line in module.imports:
@@ -49,8 +51,19 @@ def ops_module(names: set[str]) -> str:
                     todo.append((origin, name))
                 else:
                     imports.add(line)
+    _refuse_clash(kept)
     texts = [_module(m).statements[i][2] for m in sorted(kept) for i in sorted(kept[m])]
     return _join(sorted(imports), texts)
+
+
+def _refuse_clash(kept: dict[str, set[int]]) -> None:
+    """All that is kept stands in one file, so no two modules may define one name."""
+    origin: dict[str, str] = {}
+    for module, indices in sorted(kept.items()):
+        for name in frozenset().union(*(_module(module).statements[i][0] for i in indices)):
+            if origin.setdefault(name, module) != module:
+                sentence = f"ops of {origin[name]} and {module} both use a {name!r} of their own"
+                raise PackageError(Problem(sentence, hint="rename one of them"))
 
 
 def _join(imports: list[str], texts: list[str]) -> str:
@@ -97,14 +110,18 @@ def _from_ours(line: str) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _module(name: str) -> Module:
-    source = inspect.getsource(importlib.import_module(name))
+    try:
+        source = inspect.getsource(importlib.import_module(name))
+    except (OSError, TypeError):
+        sentence = f"ops of {name} cannot be emitted, because their source is not in a file"
+        raise PackageError(Problem(sentence, hint="define them in a module or a script")) from None
     tree = ast.parse(source)
     imports: list[tuple[str, str]] = []
     statements = []
     for node in tree.body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             imports += _bound(node)
-        elif not _is_docstring(node):
+        elif _defines(node) or _registers(node):
             statements.append((_defines(node), _uses(node), _text(node, source)))
     return Module(name, tuple(imports), tuple(statements))
 
@@ -126,10 +143,21 @@ def _defines(node: ast.stmt) -> frozenset[str]:
         registered = any(_root(d) not in ("op", "functools") for d in node.decorator_list)
         return frozenset() if registered and node.name == "_" else frozenset({node.name})
     if isinstance(node, ast.Assign):
-        return frozenset(t.id for t in node.targets if isinstance(t, ast.Name))
+        targets = [t for target in node.targets for t in ast.walk(target)]
+        names = (t for t in targets if isinstance(t, ast.Name))
+        return frozenset(t.id for t in names if isinstance(t.ctx, ast.Store))
     if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         return frozenset({node.target.id})
     return frozenset()
+
+
+def _registers(node: ast.stmt) -> bool:
+    """Whether a statement tells torch more of an op, as `@kernel.register_fake def _` does."""
+    if isinstance(node, ast.FunctionDef):
+        return True
+    call = node.value if isinstance(node, ast.Expr) else None
+    what = call.func if isinstance(call, ast.Call) else None
+    return isinstance(what, ast.Attribute) and what.attr.startswith("register")
 
 
 def _root(node: ast.expr) -> str:
@@ -167,7 +195,3 @@ def _text(node: ast.stmt, source: str) -> str:
         start -= 1
     comment = lines[start:top]
     return "\n".join([*comment, *lines[first - 1 : node.end_lineno]])
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

@@ -26,10 +26,51 @@ def _core(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> int:
     return 2 * q.shape[0] * q.shape[1] * pairs * (q.shape[-1] + v.shape[-1])
 
 
-def _weights(q: Tensor, k: Tensor, window: int | None = None) -> int:
-    """Bytes of one copy of the attention weights; a window computes blocks of twice its size."""
-    keys = k.shape[2] if window is None else 2 * min(window, k.shape[2])
-    return q.shape[0] * q.shape[1] * q.shape[2] * keys * q.dtype.itemsize
+def _unfused(
+    q: Tensor, k: Tensor, v: Tensor, weights: int, window: int | None = None
+) -> int:
+    """Bytes beside q that backward keeps where no kernel fuses attention, or q's blocks with them.
+
+    Keys and values repeated for every head, so many copies of the attention weights, and the
+    mask; a window makes blocks of its size, which see twice as many keys.
+    """
+    heads, keys, rows = q.shape[0] * q.shape[1], k.shape[2], q.shape[2]
+    masks = 1
+    blocks = 0
+    if window is not None:
+        rows, keys, masks = _blocks(q, window), 2 * min(window, q.shape[2]), q.shape[0]
+        blocks = heads * rows * q.shape[-1]
+    repeated = heads * (keys if window is None else 2 * rows)
+    values = repeated * (q.shape[-1] + v.shape[-1]) + heads * rows * keys * weights
+    return int((values + blocks) * q.dtype.itemsize + masks * rows * keys)
+
+
+def _blocks(q: Tensor, window: int) -> int:
+    """Rows of all blocks of one sequence, with the padding of the last."""
+    size = min(window, q.shape[2])
+    return -(-q.shape[2] // size) * size
+
+
+def _nothing(q: Tensor, window: int | None = None) -> int:
+    """Bytes of the weights of attending to nothing, one a query."""
+    rows = q.shape[2] if window is None else _blocks(q, window)
+    return int(q.shape[0] * q.shape[1] * rows * q.dtype.itemsize)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> int:
+    """Bytes that backward keeps of blocks: q, k and v twice, mask, result, and its statistics."""
+    rows, groups = _blocks(q, window), k.shape[1]
+    one = q.shape[1] * q.shape[-1] + groups * 2 * (k.shape[-1] + v.shape[-1])
+    one += q.shape[1] * v.shape[-1] + 2 * min(window, q.shape[2])
+    statistics = q.shape[1] * max(4, q.dtype.itemsize)
+    return int(q.shape[0] * rows * (one * q.dtype.itemsize + statistics))
+
+
+def _kept_queries(
+    q: Tensor, k: Tensor, v: Tensor, *_: object, window: int | None = None
+) -> tuple[str, ...]:
+    """Queries are kept as they are, unless a window cuts them into blocks."""
+    return ("q",) if window is None else ()
 
 
 @op()
@@ -100,10 +141,7 @@ def join_blocks(out: Tensor, batch: int, length: int) -> Tensor:
 @op(
     flops=lambda q, k, v, window, scale: _core(q, k, v, seen_pairs(q.shape[2], window)),
     backward=2.5,
-    saves=("q", "k", "v", "out"),
-    extra=lambda q, k, v, window, scale: (
-        2 * (k.numel() + v.numel()) * k.dtype.itemsize + 4 * q.numel() // q.shape[-1]
-    ),
+    extra=lambda q, k, v, window, scale: _windowed(q, k, v, window),
 )
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
@@ -118,8 +156,8 @@ def window_attention(
 
 @op(
     flops=lambda q, k, v, mask, *_: _core(q, k, v, q.shape[2] * k.shape[2]),
-    saves=("q", "k", "v", "sinks"),
-    extra=lambda q, k, *_: _weights(q, k),
+    saves=("q",),
+    extra=lambda q, k, v, *_: _unfused(q, k, v, 1) + _nothing(q),
 )
 def masked_sink_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float
@@ -138,8 +176,10 @@ def masked_sink_attention(
     flops=lambda q, k, v, *_, window=None: _core(
         q, k, v, seen_pairs(q.shape[2], window)
     ),
-    saves=("q", "k", "v", "sinks"),
-    extra=lambda q, k, *_, window=None: _weights(q, k, window),
+    saves=_kept_queries,
+    extra=lambda q, k, v, *_, window=None: (
+        _unfused(q, k, v, 1, window) + _nothing(q, window)
+    ),
 )
 def sink_attention(
     q: Tensor,
@@ -159,8 +199,8 @@ def sink_attention(
 
 @op(
     flops=lambda q, k, v, mask, *_: _core(q, k, v, q.shape[2] * k.shape[2]),
-    saves=("q", "k", "v"),
-    extra=lambda q, k, *_: 2 * _weights(q, k),
+    saves=("q",),
+    extra=lambda q, k, v, *_: _unfused(q, k, v, 2),
 )
 def masked_capped_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float, scale: float
@@ -178,8 +218,8 @@ def masked_capped_attention(
     flops=lambda q, k, v, *_, window=None: _core(
         q, k, v, seen_pairs(q.shape[2], window)
     ),
-    saves=("q", "k", "v"),
-    extra=lambda q, k, *_, window=None: 2 * _weights(q, k, window),
+    saves=_kept_queries,
+    extra=lambda q, k, v, *_, window=None: _unfused(q, k, v, 2, window),
 )
 def capped_attention(
     q: Tensor, k: Tensor, v: Tensor, cap: float, scale: float, window: int | None = None

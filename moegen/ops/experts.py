@@ -124,10 +124,19 @@ def gather_rows(tokens: Tensor, order: Tensor) -> Tensor:
     return _gather_rows(tokens, order)  # type: ignore[no-any-return]
 
 
-@op(
-    saves=("rows", "order", "weight"),
-    extra=lambda rows, order, weight: 8 * order.shape[0],
-)
+def _combine_saves(rows: Tensor, order: Tensor, weight: Tensor) -> tuple[str, ...]:
+    """Weights are kept in the rows' format, so a copy of them where they have another."""
+    same = rows.dtype == weight.dtype
+    return ("rows", "order", "weight") if same else ("rows", "order")
+
+
+def _combine_extra(rows: Tensor, order: Tensor, weight: Tensor) -> int:
+    """Bytes of the tokens of all rows, and of converted weights."""
+    copy = 0 if rows.dtype == weight.dtype else rows.element_size()
+    return (8 + copy) * order.shape[0]
+
+
+@op(saves=_combine_saves, extra=_combine_extra)
 def combine(rows: Tensor, order: Tensor, weight: Tensor) -> Tensor:
     """Sum each token's rows by weight: rows [N, d], order [N], weight [T, K] -> [T, d]."""
     num_tokens, k = weight.shape

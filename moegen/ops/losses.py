@@ -20,7 +20,12 @@ def real_tokens(ids: Tensor, mask: Tensor | None) -> Tensor:
     return mask.bool().flatten()
 
 
-@op(saves=("valid",))
+def _kept(values: Tensor, copies: int) -> int:
+    """Bytes of so many values a token, and of the number of tokens that a mean divides by."""
+    return (copies * values.shape[0] + 1) * values.dtype.itemsize
+
+
+@op(extra=lambda values, valid: _kept(values, 1))
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
     """Mean of values [T, ...] over the tokens where valid [T] is true; 0 if there is none."""
     values = values if values.is_floating_point() else values.float()
@@ -34,13 +39,19 @@ def choice_fractions(load: Tensor, choices: int) -> Tensor:
     return load / (load.sum() / choices).clamp(min=1)
 
 
-@op(saves=("probability",))
+@op(saves=("fraction",))
 def balance_loss(fraction: Tensor, probability: Tensor) -> Tensor:
     """E * sum of fraction * probability [E] (GShard 2020, Switch 2021); gradient by the latter."""
     return fraction.shape[0] * (fraction.detach() * probability).sum()
 
 
-@op(saves=("scores",))
+def _kept_of_sequences(scores: Tensor, _: Tensor, __: Tensor, sequences: int) -> int:
+    """Bytes of a sum and a weight a token, and a length and the fractions of each sequence."""
+    tokens, experts = scores.shape
+    return (2 * tokens + sequences * (1 + experts)) * scores.dtype.itemsize
+
+
+@op(saves=("scores",), extra=_kept_of_sequences)
 def sequence_balance_loss(
     scores: Tensor, experts: Tensor, valid: Tensor, sequences: int
 ) -> Tensor:
@@ -61,7 +72,7 @@ def sequence_balance_loss(
     return per_sequence.mean()
 
 
-@op(saves=("logits", "valid"))
+@op(saves=("logits",), extra=lambda logits, valid: _kept(logits, 2))
 def z_loss(logits: Tensor, valid: Tensor) -> Tensor:
     """Mean squared log-partition of logits [T, E] over real tokens (ST-MoE 2022)."""
     return masked_mean(torch.logsumexp(logits, -1).square(), valid)
@@ -79,7 +90,7 @@ def mean_over_layers(routing: Sequence[Any], name: str) -> Tensor:
     return torch.stack([r.losses[name] for r in routing if name in r.losses]).mean()
 
 
-@op()
+@op(extra=lambda routing, choices: 4 * routing[0].probability.numel())
 def pooled_balance_loss(routing: Sequence[Any], choices: int) -> Tensor:
     """The balance loss of statistics averaged over layers, as in transformers' models.
 
@@ -90,7 +101,13 @@ def pooled_balance_loss(routing: Sequence[Any], choices: int) -> Tensor:
     return balance_loss(fraction, probability)
 
 
-@op(saves=("labels",), extra=lambda logits, *_: 4 * logits.numel())
+def _kept_of_loss(logits: Tensor, _: Tensor) -> int:
+    """Bytes of log-probabilities in fp32 and a label for all positions but the last, and a sum."""
+    batch, length, words = logits.shape
+    return int(batch * (length - 1) * (4 * words + 8) + 4)
+
+
+@op(extra=_kept_of_loss)
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of logits [B, S, V] at labels [B, S], in fp32; label -100 is left out.
 

@@ -35,7 +35,8 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """The k best-scored experts, best first, ties to the lowest index: [T, E] -> [T, k] int64."""
     scores = scores.detach()
     if scores.dtype == torch.float64:  # too wide to share an int64 with its index
-        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+        return best.contiguous()  # a view would keep the indices of all experts
     # torch.topk breaks ties as it likes, so make ties impossible: the order-preserving bits of the
     # score above, the index counted from the end below. Negative floats grow downwards in their
     # bits, which the xor turns around, and -0.0 must tie with 0.0.

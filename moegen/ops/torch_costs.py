@@ -56,7 +56,7 @@ BACKWARD: dict[Key, Callable[..., Fraction]] = {
 }
 
 # What backward keeps: numbers are arguments, "out" is the result. A product keeps each factor
-# whose partner needs a gradient, which is "factors".
+# whose partner needs a gradient, which is "factors"; a quotient keeps its divisor besides.
 _INPUT, _OUT, _FACTORS = (0,), ("out",), ("factors",)
 SAVES: dict[Key, tuple[int | str, ...]] = {
     F.linear: ("factors",),
@@ -64,11 +64,11 @@ SAVES: dict[Key, tuple[int | str, ...]] = {
     torch.matmul: _FACTORS,
     torch.bmm: _FACTORS,
     operator.mul: _FACTORS,
-    operator.truediv: (0, 1),
+    operator.truediv: ("factors", 1),
     operator.pow: _INPUT,
     F.scaled_dot_product_attention: (0, 1, 2, "out", "attn_mask"),
-    F.rms_norm: _INPUT,
-    F.layer_norm: _INPUT,
+    F.rms_norm: (0, 2, "weight"),
+    F.layer_norm: (0, 2, 3, "weight", "bias"),
     F.embedding: _INPUT,
     F.silu: _INPUT,
     F.gelu: _INPUT,
@@ -84,7 +84,7 @@ SAVES: dict[Key, tuple[int | str, ...]] = {
     "clamp": _INPUT,
     "exp": _OUT,
     "masked_fill": (1,),
-    "gather": (2,),
+    "gather": (0, 2),  # the input too, for its shape
     "scatter": (2,),
     "amax": (0, "out"),
     operator.getitem: (1,),
@@ -92,12 +92,12 @@ SAVES: dict[Key, tuple[int | str, ...]] = {
 
 
 def _rows(x: Tensor, norm: Any, *_: Any, **__: Any) -> int:
-    """Values per normalised row: one statistic in fp32."""
-    return int(4 * x.numel() // norm[-1])
+    """One statistic a normalised row, in fp32 or wider."""
+    return int(max(4, x.dtype.itemsize) * x.numel() // norm[-1])
 
 
 def _lse(q: Any, *_: Any, **__: Any) -> int:
-    return int(4 * q.shape[0] * q.shape[1] * q.shape[2])
+    return int(max(4, q.dtype.itemsize) * q.shape[0] * q.shape[1] * q.shape[2])
 
 
 def _kept(x: Any, p: float = 0.0, *_: Any, **__: Any) -> int:
@@ -105,9 +105,15 @@ def _kept(x: Any, p: float = 0.0, *_: Any, **__: Any) -> int:
     return int(x.numel()) if p else 0
 
 
+def _indices(x: Any, k: int, dim: int = -1, *_: Any, **__: Any) -> int:
+    """Places of the largest values, int64."""
+    return int(8 * x.numel() // x.shape[dim] * k)
+
+
 EXTRA: dict[Key, Callable[..., int]] = {
     F.rms_norm: _rows,
     F.layer_norm: lambda x, norm, *_, **__: 2 * _rows(x, norm),
     F.scaled_dot_product_attention: _lse,
     F.dropout: _kept,
+    "topk": _indices,
 }

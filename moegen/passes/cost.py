@@ -117,7 +117,7 @@ class _Program:
         self.out.moved += below.moved
         if self.costs.checkpointed(str(node.target)):
             self.out.backward += below.flops  # once more forward
-            self._keep(ref for ref in map(Ref, node.all_input_nodes) if self._is_float(ref.node))
+            self._keep(ref for source in node.all_input_nodes for ref in _tensors(source))
             return
         self.out.saved += below.saved
         inputs = self._inputs(child, meta.method(node), node)
@@ -253,10 +253,6 @@ class _Program:
 
     # Peaks
 
-    def _is_float(self, node: fx.Node) -> bool:
-        value = node.meta.get(meta.VAL)
-        return isinstance(value, Tensor) and value.is_floating_point()
-
     def _own(self, node: fx.Node) -> int:
         """Bytes of a node's value where it is new memory that is not kept for backward."""
         if node.op not in ("call_function", "call_method", "call_module"):
@@ -306,6 +302,16 @@ class _Program:
             peak = max(peak, sum(alive.values()) + inside)
             alive.pop(node, None)
         return peak
+
+
+def _tensors(node: fx.Node) -> Iterator[Ref]:
+    """What a child is given at a node: a tensor, or the fields of a record."""
+    value = meta.val(node)
+    if isinstance(value, Tensor):
+        yield Ref(node)
+    for name in getattr(value, "_fields", ()):
+        if isinstance(getattr(value, name), Tensor):
+            yield Ref(node, (name,))
 
 
 def _argument(node: fx.Node, index: int | str) -> Any:

@@ -83,6 +83,20 @@ def at(value: Any, path: tuple[str | int, ...]) -> Any:
     return value
 
 
+def made(node: fx.Node) -> int:
+    """Bytes that a node's value is: a tensor, or the tensors of an op's several results.
+
+    Records, and tuples of them, hold what other nodes made.
+    """
+    value = node.meta.get(meta.VAL)
+    if isinstance(value, Tensor):
+        return size(value)
+    plain = isinstance(value, (tuple, list)) and not hasattr(value, "_fields")
+    if not plain or node.target in (operator.add, tuple):
+        return 0
+    return sum(size(part) for part in value if isinstance(part, Tensor))
+
+
 def size(value: Any) -> int:
     """Bytes of a tensor, or of all tensors of a structure."""
     if isinstance(value, Tensor):

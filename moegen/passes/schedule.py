@@ -38,7 +38,7 @@ def _path(component: Component, program: str, gpu: Gpu, memo: dict[tuple[int, st
     key = (id(component), program)
     if key in memo:
         return memo[key]
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[fx.Node] = nx.DiGraph()
     total = 0.0
     for node in component.programs[program].graph.nodes:
         if node.op == "call_module":

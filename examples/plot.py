@@ -1,0 +1,44 @@
+"""Plots a training: losses over steps, and how evenly the experts were loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from examples.train_tiny import History
+
+SMOOTH = 20  # steps that a point of the training curve averages
+
+
+def save_plot(history: History, place: Path) -> Path | None:
+    """Draw the history into a PNG; nothing without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, loads = figure.subplots(1, 2)
+    numbers = range(1, len(history.steps) + 1)
+    losses.plot(numbers, smoothed([s.loss for s in history.steps]), label="training")
+    losses.plot(*zip(*history.held_out, strict=True), "o-", label="held out")
+    losses.axhline(history.unigram, color="gray", linestyle="--", label="frequencies of bytes")
+    losses.set(xlabel="step", ylabel="nats/byte", ylim=(0, None))
+    losses.legend()
+    for layer in range(len(history.steps[0].loads)):
+        ratios = [
+            float(s.loads[layer].max() / s.loads[layer].float().mean()) for s in history.steps
+        ]
+        loads.plot(numbers, smoothed(ratios), label=f"routed layer {layer + 1}")
+    loads.set(xlabel="step", ylabel="busiest expert's load over the mean", ylim=(1, None))
+    loads.legend()
+    figure.savefig(place, dpi=120)
+    return place
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Each value averaged with up to SMOOTH - 1 before it."""
+    parts = (values[max(0, i + 1 - SMOOTH) : i + 1] for i in range(len(values)))
+    return [sum(part) / len(part) for part in parts]
