@@ -17,8 +17,9 @@ setup: $(READY) ## Make .venv with moegen and its tools (every target below does
 demo: $(READY) ## Compile specs/tiny.yaml and train what comes out, 4 minutes on 2 cores
 	$(PYTHON) -m examples.train_tiny
 
+# As many processes as cores, so each with one thread: more would wait for one another.
 test: lint ## Run ruff, mypy and all tests
-	$(PYTHON) -m pytest -n auto
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto
 
 lint: $(READY) ## Run ruff and mypy
 	$(PYTHON) -m ruff check .
