@@ -19,6 +19,7 @@ from moegen.emit.write import differences, write
 from moegen.errors import PackageError
 from moegen.gpus import GPUS
 from moegen.optimizers import OPTIMIZERS
+from moegen.passes.sizes import prove_sizes
 from moegen.planner import Plan, Workload, lower
 from moegen.plugins import load_installed
 from moegen.spec.load import Loaded, load_file
@@ -81,9 +82,12 @@ def build(
 ) -> Path:
     """Write a spec's model as a package of Python files; the folder it is in.
 
+    First proves, on symbols, that the code holds for any batch and sequence.
     out: the folder; `generated/NAME` below the current one unless given.
     """
-    made = package(plan(source, overrides), find_backend(backend))
+    planned = plan(source, overrides)
+    prove_sizes(load(planned))
+    made = package(planned, find_backend(backend))
     folder = Path(out) if out is not None else Path("generated") / identifier(made.name)
     write(made, folder, force=force)
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from rich.console import Console
 
 import moegen
-from examples import add_a_policy, confident, corpus, sweep, train_tiny
+from examples import corpus, sweep, train_tiny
 from examples.training import Step, optimizer, share_of_rate
 
 ROOT = Path(__file__).parent.parent
@@ -96,42 +97,52 @@ def test_imbalance_is_one_if_even() -> None:
     assert Step(0.0, {}, 0.0, [torch.tensor([0, 8])], 0.0).imbalance == 2
 
 
-def test_policy_of_a_user(capsys: pytest.CaptureFixture[str]) -> None:
-    add_a_policy.main(["--steps", "30"])
-    out = capsys.readouterr().out
+def python(*command: str | Path, folder: Path = ROOT) -> str:
+    """What a process of its own prints: elements that are defined stay registered."""
+    made = [sys.executable, *command]
+    done = subprocess.run(made, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_policy_of_a_user() -> None:
+    out = python("-m", "examples.add_a_policy", "--steps", "30")
     assert "select.share must be a number from 0 to 1, not 1.5" in out
     assert "def drop_weak(experts: Tensor" in out
     assert "230,720 parameters, at most 107,840 a token" in out
-    first, last, met = add_a_policy.train(30)
+    first, last, met = (float(number) for number in re.findall(r"(\d\.\d+) (?:after|experts)", out))
     assert last < first - 2
     assert 1 <= met < 3
 
 
-def test_policy_of_a_user_drops_what_is_weak() -> None:
-    scores = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.06, 0.04]])
-    experts = torch.tensor([[0, 1], [0, 1]])
-    assert confident.drop_weak(experts, scores, 0.5, 3).tolist() == [[0, 1], [0, 3]]
-    kept_all = {"moe.router.select.share": 0}
-    torch.manual_seed(0)
-    ours = moegen.module(add_a_policy.SPEC, kept_all).Model()
-    top_k = moegen.module(add_a_policy.SPEC, {"moe.router.select": {"kind": "top_k", "k": 3}})
-    theirs = top_k.Model()
-    theirs.load_state_dict(ours.state_dict())
-    ids = torch.randint(64, (2, 16))
-    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+SAME = """
+import torch
+import moegen
+from examples import add_a_policy, confident
+
+scores = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.06, 0.04]])
+experts = torch.tensor([[0, 1], [0, 1]])
+assert confident.drop_weak(experts, scores, 0.5, 3).tolist() == [[0, 1], [0, 3]]
+
+ours = moegen.module(add_a_policy.SPEC, {"moe.router.select.share": 0}).Model()
+top_k = {"moe.router.select": {"kind": "top_k", "k": 3}}
+theirs = moegen.module(add_a_policy.SPEC, top_k).Model()
+theirs.load_state_dict(ours.state_dict())
+ids = torch.randint(64, (2, 16))
+assert torch.equal(ours(ids).logits, theirs(ids).logits)
+"""
+
+
+def test_policy_of_a_user_is_top_k_where_it_drops_nothing() -> None:
+    python("-c", SAME)
 
 
 def test_policy_of_a_user_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "moegen", "--import", "examples/confident.py", "build"]
-    command += ["specs/tiny.yaml", "-o", "moe.router.select={kind: confident, k: 3}"]
-    subprocess.run(
-        [*command, "--out", tmp_path / "tiny"], cwd=ROOT, check=True, capture_output=True
-    )
+    command = ["-m", "moegen", "--import", "examples/confident.py", "build", "specs/tiny.yaml"]
+    change = ["-o", "moe.router.select={kind: confident, k: 3}"]
+    python(*command, *change, "--out", tmp_path / "tiny")
     use = "import torch, tiny; print(tiny.Model()(torch.zeros(1, 4).long()).logits.shape)"
-    found = subprocess.run(
-        [sys.executable, "-c", use], cwd=tmp_path, check=True, capture_output=True, text=True
-    )
-    assert found.stdout.strip() == "torch.Size([1, 4, 256])"
+    assert python("-c", use, folder=tmp_path).strip() == "torch.Size([1, 4, 256])"
 
 
 SCRIPT = '''
@@ -184,7 +195,7 @@ def test_op_of_a_script_is_emitted_with_what_it_needs_only(tmp_path: Path) -> No
     for foreign in ("print(", "manual_seed", "__main__", "set_num_threads", "moegen.build"):
         assert foreign not in found.stdout
     use = "import torch; from out import Model; Model()(torch.zeros(1, 4).long())"
-    subprocess.run([sys.executable, "-c", use], cwd=tmp_path, check=True)
+    python("-c", use, folder=tmp_path)
 
 
 def test_two_helpers_of_one_name_are_refused(tmp_path: Path) -> None:

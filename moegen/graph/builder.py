@@ -232,7 +232,7 @@ class Builder:
         if below is None:
             return self.tracer.path
         absolute = below[:1] == ("model",)
-        return below if absolute else (*self.tracer.path, *below)
+        return below if absolute else (*self.component.path, *below)
 
     # How it is traced
 

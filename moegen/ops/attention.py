@@ -38,7 +38,7 @@ def _unfused(
     masks = 1
     blocks = 0
     if window is not None:
-        rows, keys, masks = _blocks(q, window), 2 * min(window, q.shape[2]), q.shape[0]
+        rows, keys, masks = _blocks(q, window), 2 * window, q.shape[0]
         blocks = heads * rows * q.shape[-1]
     repeated = heads * (keys if window is None else 2 * rows)
     values = repeated * (q.shape[-1] + v.shape[-1]) + heads * rows * keys * weights
@@ -47,8 +47,7 @@ def _unfused(
 
 def _blocks(q: Tensor, window: int) -> int:
     """Rows of all blocks of one sequence, with the padding of the last."""
-    size = min(window, q.shape[2])
-    return -(-q.shape[2] // size) * size
+    return -(-q.shape[2] // window) * window
 
 
 def _nothing(q: Tensor, window: int | None = None) -> int:
@@ -61,7 +60,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> int:
     """Bytes that backward keeps of blocks: q, k and v twice, mask, result, and its statistics."""
     rows, groups = _blocks(q, window), k.shape[1]
     one = q.shape[1] * q.shape[-1] + groups * 2 * (k.shape[-1] + v.shape[-1])
-    one += q.shape[1] * v.shape[-1] + 2 * min(window, q.shape[2])
+    one += q.shape[1] * v.shape[-1] + 2 * window
     statistics = q.shape[1] * max(4, q.dtype.itemsize)
     return int(q.shape[0] * rows * (one * q.dtype.itemsize + statistics))
 
@@ -111,22 +110,25 @@ def window_blocks(
     k and v [B * n, G, 2w, ...] and the mask, bool [B * n, 1, w, 2w].
     """
     batch, _, length, _ = q.shape
-    size = min(window, length)
-    count = -(-length // size)
-    padding = count * size - length
+    count = -(-length // window)
+    padding = count * window - length
 
-    def cut(x: Tensor, before: int) -> Tensor:
-        x = F.pad(x, (0, 0, before, padding))
-        return x.unfold(2, size + before, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    def cut(x: Tensor) -> Tensor:
+        rest = x.new_zeros(x.shape[0], x.shape[1], padding, x.shape[3])
+        return torch.unflatten(torch.cat((x, rest), 2), 2, (count, window))
 
-    query = torch.arange(size, device=q.device).unsqueeze(-1) + size
-    key = torch.arange(2 * size, device=q.device)
+    def cut_with_previous(x: Tensor) -> Tensor:
+        blocks = cut(x)
+        previous = torch.cat((torch.zeros_like(blocks[:, :, :1]), blocks[:, :, :-1]), 2)
+        return torch.cat((previous, blocks), 3).transpose(1, 2).flatten(0, 1)
+
+    query = torch.arange(window, device=q.device).unsqueeze(-1) + window
+    key = torch.arange(2 * window, device=q.device)
     near = (key <= query) & (key > query - window)
-    exists = (torch.arange(count, device=q.device).view(-1, 1, 1, 1) > 0) | (
-        key >= size
-    )
-    mask = (near & exists).repeat(batch, 1, 1, 1)
-    return cut(q, 0), cut(k, size), cut(v, size), mask
+    block = torch.arange(count, device=q.device).view(-1, 1, 1, 1)
+    mask = (near & ((block > 0) | (key >= window))).repeat(batch, 1, 1, 1)
+    query_blocks = cut(q).transpose(1, 2).flatten(0, 1)
+    return query_blocks, cut_with_previous(k), cut_with_previous(v), mask
 
 
 def join_blocks(out: Tensor, batch: int, length: int) -> Tensor:

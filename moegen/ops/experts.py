@@ -32,7 +32,7 @@ def _define(
 def _inverse(order: Tensor) -> Tensor:
     """The inverse of a permutation [N]; indices do not repeat, so the scatter is deterministic."""
     return torch.empty_like(order).scatter_(
-        0, order, torch.arange(len(order), device=order.device)
+        0, order, torch.arange(order.shape[0], device=order.device)
     )
 
 
@@ -131,7 +131,7 @@ def _combine_saves(rows: Tensor, order: Tensor, weight: Tensor) -> tuple[str, ..
 
 
 def _combine_extra(rows: Tensor, order: Tensor, weight: Tensor) -> int:
-    """Bytes of the tokens of all rows, and of converted weights."""
+    """Bytes of a number a row, and of converted weights."""
     copy = 0 if rows.dtype == weight.dtype else rows.element_size()
     return (8 + copy) * order.shape[0]
 
@@ -145,9 +145,11 @@ def combine(rows: Tensor, order: Tensor, weight: Tensor) -> Tensor:
 
 
 @op(
-    saves=("rows", "token", "weight"),
+    saves=lambda rows, token, weight, num_tokens: (
+        ("rows", "token", *(("weight",) if rows.dtype == weight.dtype else ()))
+    ),
     extra=lambda rows, token, weight, num_tokens: (
-        (16 + rows.element_size()) * token.shape[0]
+        _combine_extra(rows, token, weight) + (8 + rows.element_size()) * token.shape[0]
     ),
 )
 def combine_rows(

@@ -75,7 +75,8 @@ class TopK(Selection):
         chosen = self.chosen(moe.granularity)
         ranked = moe.router.ranked(b, moe, scored)
         experts = top_k(ranked, chosen)
-        weights = moe.router.gate.weights(b, scored.logits, scored.scores, experts)
+        gate, path = moe.router.gate, ("router", "gate")
+        weights = b.inline(gate, "weights", scored.logits, scored.scores, experts, path=path)
         choices, load, dropped = experts, None, None
         if scored.valid is not None:
             load = expert_load(experts, moe.num_experts, scored.valid)
@@ -99,7 +100,8 @@ class TopK(Selection):
         nowhere = moe.num_experts
         experts = experts.masked_fill(~scored.valid.unsqueeze(-1), nowhere)
         assert moe.capacity is not None
-        slots = moe.capacity.slots(b, scored.tokens, self.chosen(moe.granularity), nowhere)
+        chosen, path = self.chosen(moe.granularity), ("capacity",)
+        slots = b.inline(moe.capacity, "slots", scored.tokens, chosen, nowhere, path=path)
         position = position_in_expert(experts, nowhere)
         experts = experts.masked_fill(position >= slots, nowhere)
         kept = (experts < nowhere).sum()
