@@ -91,10 +91,10 @@ def made(node: fx.Node) -> int:
     value = node.meta.get(meta.VAL)
     if isinstance(value, Tensor):
         return size(value)
-    plain = isinstance(value, (tuple, list)) and not hasattr(value, "_fields")
-    if not plain or node.target in (operator.add, tuple):
+    if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):
         return 0
-    return sum(size(part) for part in value if isinstance(part, Tensor))
+    grown = node.target in (operator.add, tuple)
+    return 0 if grown else sum(size(part) for part in value if isinstance(part, Tensor))
 
 
 def size(value: Any) -> int:
