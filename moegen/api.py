@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -105,7 +107,10 @@ def _again(spec: Path, backend: str) -> Package:
 def module(source: Source, overrides: Overrides = (), *, backend: str = "eager") -> ModuleType:
     """Import a spec's model without keeping its files: the package that `build` would write."""
     made = package(plan(source, overrides), find_backend(backend))
-    folder = Path(tempfile.mkdtemp(prefix="moegen-")) / identifier(made.name)
+    place = tempfile.mkdtemp(prefix="moegen-")
+    # Tracebacks, torch.compile and Triton read the source as long as the process lives.
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    folder = Path(place) / identifier(made.name)
     write(made, folder, force=False)
     return import_package(folder)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 import moegen.arch.decoder
 import moegen.arch.latent_attention
@@ -13,7 +13,7 @@ import moegen.arch.routing  # noqa: F401  (registers every part of a router)
 from moegen.arch.init import Initialization
 from moegen.arch.model import Model
 from moegen.arch.precision import Precision
-from moegen.spec.element import Element, OneOf, Path
+from moegen.spec.element import Broken, Element, OneOf, Path
 from moegen.spec.names import safe_name
 
 
@@ -54,10 +54,20 @@ class Published(Element):
     note: str | None = Field(None, description="why a figure differs, if it does")
 
 
+def _folder(name: str) -> str:
+    """A name, if a folder may be called that."""
+    problem = safe_name(name)
+    if problem:
+        raise Broken([((), problem)])
+    return name
+
+
 class Spec(Element):
     """An architecture, its number formats, and what is known of it."""
 
-    name: str = Field(description="name of the architecture and of the emitted package")
+    name: Annotated[str, AfterValidator(_folder)] = Field(
+        description="name of the architecture and of the emitted package"
+    )
     source: str | None = Field(None, description="paper, report or repository it is from")
     notes: str | None = Field(None, description="what a reader of the spec should know")
     published: Published | None = Field(None, description="the authors' own figures")
@@ -65,12 +75,6 @@ class Spec(Element):
     precision: Precision = Field(Precision(), description="number formats by role")
     init: Initialization = Field(Initialization(), description="how parameters start")
     train: Train = Field(Train(), description="what holds in training only")
-
-    def rules(self) -> Iterator[tuple[Path, str]]:
-        """The name becomes a folder."""
-        problem = safe_name(self.name)
-        if problem:
-            yield ("name",), problem
 
     def warnings(self) -> Iterator[tuple[Path, str]]:
         """Yield (path, sentence) for what is allowed but seldom meant."""

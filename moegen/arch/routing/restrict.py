@@ -49,7 +49,7 @@ class Groups(Restriction):
         if self.by == "top2_sum" and size < 2:
             yield ("by",), f"top2_sum needs two experts a group, but groups have {size}"
         if self.keep * size < chosen:
-            sentence = f"{self.keep} groups of {size} hold fewer experts than the {chosen} chosen"
+            sentence = f"{self.keep} x {size} experts are fewer than the {chosen} that are chosen"
             yield ("keep",), sentence
 
     def allowed(self, b: Builder, scores: Any) -> Any:
