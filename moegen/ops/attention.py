@@ -133,8 +133,9 @@ def window_blocks(
 
 def join_blocks(out: Tensor, batch: int, length: int) -> Tensor:
     """The inverse of window_blocks: out [B * n, H, w, e] to [B, H, S, e]."""
+    count = -(-length // out.shape[2])
     return (
-        torch.unflatten(out, 0, (batch, -1))
+        torch.unflatten(out, 0, (batch, count))
         .transpose(1, 2)
         .flatten(2, 3)[:, :, :length]
     )

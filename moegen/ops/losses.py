@@ -46,30 +46,32 @@ def balance_loss(fraction: Tensor, probability: Tensor) -> Tensor:
 
 
 def _kept_of_sequences(scores: Tensor, _: Tensor, __: Tensor, sequences: int) -> int:
-    """Bytes of a sum and a weight a token, and a length and the fractions of each sequence."""
+    """Bytes of a sum and a weight a token, length and fractions a sequence, and their number."""
     tokens, experts = scores.shape
-    return (2 * tokens + sequences * (1 + experts)) * scores.dtype.itemsize
+    return (2 * tokens + sequences * (1 + experts)) * scores.dtype.itemsize + 8
 
 
 @op(saves=("scores",), extra=_kept_of_sequences)
 def sequence_balance_loss(
     scores: Tensor, experts: Tensor, valid: Tensor, sequences: int
 ) -> Tensor:
-    """Balance inside each sequence, averaged over sequences (DeepSeek-V3 section 2.1.2).
+    """Balance inside each sequence, averaged over those not empty (DeepSeek-V3 section 2.1.2).
 
     scores [T, E], experts [T, k], valid [T]; T = sequences * length. For a sequence: the sum
     over experts of E / k * (share of its tokens that chose e) * (mean normalised score of e).
     """
     share = scores / scores.sum(-1, keepdim=True)
-    real = torch.unflatten(valid, 0, (sequences, -1)).unsqueeze(-1).to(scores.dtype)
-    tokens = real.sum(1).clamp(min=1)
-    probability = (torch.unflatten(share, 0, (sequences, -1)) * real).sum(1) / tokens
+    shape = (sequences, scores.shape[0] // max(sequences, 1))
+    real = torch.unflatten(valid, 0, shape).unsqueeze(-1).to(scores.dtype)
+    tokens = real.sum(1)
+    some = tokens.clamp(min=1)
+    probability = (torch.unflatten(share, 0, shape) * real).sum(1) / some
     chosen = torch.zeros_like(scores).scatter(-1, experts, 1.0)
-    fraction = (torch.unflatten(chosen, 0, (sequences, -1)) * real).sum(1) / tokens
+    fraction = (torch.unflatten(chosen, 0, shape) * real).sum(1) / some
     per_sequence = (
         (fraction * probability).sum(-1) * scores.shape[-1] / experts.shape[-1]
     )
-    return per_sequence.mean()
+    return per_sequence.sum() / (tokens > 0).sum().clamp(min=1)
 
 
 @op(saves=("logits",), extra=lambda logits, valid: _kept(logits, 2))
