@@ -1,4 +1,4 @@
-"""Times the compiler: the command's start, a cold estimate, and warm plans and emission.
+"""Times the compiler: the command's start, a cold estimate, and the warm steps of a build.
 
 Run from the repository root as `python benchmarks/compile_times.py`. Every command and every spec
 is measured in processes of its own; the table shows medians. "Warm" means that torch is loaded
@@ -36,6 +36,7 @@ import json, sys, time
 import moegen
 from moegen.backend import backend
 from moegen.emit.package import package
+from moegen.passes.sizes import prove_sizes
 moegen.build("specs/tiny.yaml", sys.argv[3])
 loaded = moegen.load(sys.argv[1], json.loads(sys.argv[2]))
 start = time.perf_counter()
@@ -45,10 +46,13 @@ moegen.estimate(plan)
 estimated = time.perf_counter()
 made = package(plan, backend("eager"))
 emitted = time.perf_counter()
+prove_sizes(loaded)
+proven = time.perf_counter()
 print(json.dumps({
     "plan": planned - start,
     "estimate": estimated - planned,
     "emit": emitted - estimated,
+    "prove": proven - emitted,
     "parameters": sum(n for n, _, _ in plan.root.totals().values()),
     "lines": len(made.files["model.py"].splitlines()),
 }))
@@ -146,11 +150,11 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"`moegen --help` {torch}.",
         "",
-        "| warm | parameters | plan, s | estimate, s | emit, s | lines of model.py |",
-        "|---|---|---|---|---|---|",
+        "| warm | parameters | plan, s | estimate, s | emit, s | prove sizes, s | lines |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, spec in found["specs"].items():
-        times = " | ".join(f"{spec[key]:.3f}" for key in ("plan", "estimate", "emit"))
+        times = " | ".join(f"{spec[key]:.3f}" for key in ("plan", "estimate", "emit", "prove"))
         lines.append(f"| {name} | {spec['parameters']:,} | {times} | {spec['lines']} |")
     return "\n".join(lines)
 

@@ -231,6 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except moegen.MoegenError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
