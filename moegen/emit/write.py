@@ -21,7 +21,7 @@ def write(package: Package, folder: Path, *, force: bool) -> list[str]:
     """
     if not force:
         _refuse_foreign(folder)
-        _refuse_edited(folder)
+        _refuse_edited(folder, package)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         order = sorted(package.files, key=lambda name: (name == "plan.json", name))
@@ -73,11 +73,14 @@ def _refuse_foreign(folder: Path) -> None:
         raise PackageError(Problem(f"{folder} holds files that are not a model's", hint=hint))
 
 
-def _refuse_edited(folder: Path) -> None:
+def _refuse_edited(folder: Path, package: Package) -> None:
+    """Refuse if a file is neither what was generated nor, after a failed write, what will be."""
     edited = []
     for name, recorded in _recorded(folder).items():
         place = folder / name
-        if place.is_file() and _hash(place) != recorded:
+        if not place.is_file() or _hash(place) == recorded:
+            continue
+        if place.read_bytes() != package.files.get(name, "").encode():
             edited.append(name)
     if edited:
         hint = "keep them by giving another place with --out, or give them up with --force"

@@ -111,11 +111,12 @@ def window_blocks(
     """
     batch, _, length, _ = q.shape
     count = -(-length // window)
-    padding = count * window - length
 
     def cut(x: Tensor) -> Tensor:
-        rest = x.new_zeros(x.shape[0], x.shape[1], padding, x.shape[3])
-        return torch.unflatten(torch.cat((x, rest), 2), 2, (count, window))
+        # A whole window of padding, then cut: export would take note of an empty one.
+        rest = x.new_zeros(x.shape[0], x.shape[1], window, x.shape[3])
+        whole = torch.cat((x, rest), 2)[:, :, : count * window]
+        return torch.unflatten(whole, 2, (count, window))
 
     def cut_with_previous(x: Tensor) -> Tensor:
         blocks = cut(x)
@@ -127,7 +128,7 @@ def window_blocks(
     near = (key <= query) & (key > query - window)
     block = torch.arange(count, device=q.device).view(-1, 1, 1, 1)
     mask = (near & ((block > 0) | (key >= window))).repeat(batch, 1, 1, 1)
-    query_blocks = cut(q).transpose(1, 2).flatten(0, 1)
+    query_blocks = cut(q).transpose(1, 2).flatten(0, 1).contiguous()
     return query_blocks, cut_with_previous(k), cut_with_previous(v), mask
 
 

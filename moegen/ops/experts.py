@@ -141,7 +141,8 @@ def combine(rows: Tensor, order: Tensor, weight: Tensor) -> Tensor:
     """Sum each token's rows by weight: rows [N, d], order [N], weight [T, K] -> [T, d]."""
     num_tokens, k = weight.shape
     weight = weight.to(rows.dtype).flatten()
-    return _sum_rows(rows, weight, order, _starts(order, num_tokens), order // k)  # type: ignore[no-any-return]
+    starts = _starts(order, num_tokens)
+    return _sum_rows(rows, weight, order, starts, order // k)  # type: ignore[no-any-return]
 
 
 @op(

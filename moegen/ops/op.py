@@ -1,4 +1,4 @@
-"""Turns a plain torch function into a leaf of the graph: one meaning, with its cost beside it."""
+"""Turns a plain torch function into a leaf of the graph, with its cost beside it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def op(**facts: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
             tracer = _tracer(args, kwargs)
             if tracer is None:
                 return function(*args, **kwargs)
-            return tracer.create_proxy("call_function", leaf, args, kwargs)  # type: ignore[no-any-return]
+            proxy: Any = tracer.create_proxy("call_function", leaf, args, kwargs)
+            return proxy  # type: ignore[no-any-return]
 
         leaf.op = known  # type: ignore[attr-defined]
         return leaf

@@ -14,6 +14,7 @@ from moegen.graph import meta
 from moegen.graph.component import Component
 from moegen.ops import torch_costs
 from moegen.ops.op import op_of
+from moegen.passes.memory import peak_backward, peak_forward
 from moegen.passes.refs import Ref, at, made, resolve, size
 
 
@@ -100,8 +101,12 @@ class _Program:
             for ref in self.out.kept
             if ref.node.op not in ("placeholder", "get_attr")
         )
-        self.out.peak_forward = self._peak_forward()
-        self.out.peak_backward = self._peak_backward()
+        self.out.peak_forward = peak_forward(
+            self.nodes, self._own, lambda node: self._inside(node, "peak_forward")
+        )
+        self.out.peak_backward = peak_backward(
+            self.nodes, self.grads, lambda node: self._inside(node, "peak_backward")
+        )
         return self.out
 
     # Nodes
@@ -262,46 +267,13 @@ class _Program:
             return 0
         return made(node)
 
-    def _peak_forward(self) -> int:
-        """Values alive at once, walking forwards, on top of a child's own."""
-        place = {node: i for i, node in enumerate(self.nodes)}
-        ends: dict[int, list[fx.Node]] = {}
-        for node in self.nodes:
-            ends.setdefault(max((place[u] for u in node.users), default=place[node]), []).append(
-                node
-            )
-        alive: dict[fx.Node, int] = {}
-        now = peak = 0
-        for node in self.nodes:
-            inside = self._child(node)[1].peak_forward if node.op == "call_module" else 0
-            if node.op == "call_module" and self.costs.checkpointed(str(node.target)):
-                inside += self._child(node)[1].saved
-            alive[node] = self._own(node)
-            now += alive[node]
-            peak = max(peak, now + inside)
-            now -= sum(alive.pop(done) for done in ends.get(place[node], ()))
-        return peak
-
-    def _peak_backward(self) -> int:
-        """Gradients alive at once, walking backwards, on top of a child's own."""
-        alive: dict[fx.Node, int] = {}
-        peak = 0
-        for node in reversed(self.nodes):
-            if node.op == "output" or not self.grads.get(node):
-                continue
-            alive.setdefault(node, made(node))
-            for source in node.all_input_nodes:
-                if self.grads.get(source) and source.op != "get_attr":
-                    alive.setdefault(source, made(source))
-            inside = 0
-            if node.op == "call_module":
-                below = self._child(node)[1]
-                inside = below.peak_backward
-                if self.costs.checkpointed(str(node.target)):
-                    inside += below.saved
-            peak = max(peak, sum(alive.values()) + inside)
-            alive.pop(node, None)
-        return peak
+    def _inside(self, node: fx.Node, peak: str) -> int:
+        """What a call needs inside, beside its result; all it keeps, if it is computed again."""
+        if node.op != "call_module":
+            return 0
+        below = self._child(node)[1]
+        again = below.saved if self.costs.checkpointed(str(node.target)) else 0
+        return int(getattr(below, peak)) + again
 
 
 def _tensors(node: fx.Node) -> Iterator[Ref]:
