@@ -12,9 +12,10 @@ from moegen.arch.spec import Spec
 from moegen.errors import Mark, PlanError, Problem
 from moegen.graph.builder import Trace
 from moegen.graph.component import Component
+from moegen.graph.fault import Fault
 from moegen.graph.verify import verify
 from moegen.passes.cost import Costs, Summary
-from moegen.passes.shapes import ShapeError, Shapes
+from moegen.passes.shapes import Shapes
 from moegen.spec.element import Path
 from moegen.spec.load import Loaded
 from moegen.spec.source import locate
@@ -76,12 +77,12 @@ def lower(loaded: Loaded[Spec], workload: Workload) -> Plan:
                 costs[program] = Costs().of(root, program)
                 if program == "forward":
                     costs["forward, checkpointed"] = Costs(("layers",)).of(root, program)
-    except ShapeError as error:
+    except Fault as error:
         raise PlanError(_problem(error, marks)) from error
     return Plan(spec, root, workload, trace.records, results, costs, marks, loaded.data)
 
 
-def _problem(error: ShapeError, marks: Mapping[Path, Mark]) -> Problem:
+def _problem(error: Fault, marks: Mapping[Path, Mark]) -> Problem:
     """The error at the line of the innermost section that the spec has."""
     note = f"traced at {error.traced_at}" if error.traced_at else None
     return Problem(str(error), mark=locate(marks, error.path), path=error.path, note=note)

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from moegen.graph import meta
 from moegen.graph.component import Buffer, Component, Init, Weight, attach
+from moegen.graph.fault import Fault, raised_at, short
 from moegen.graph.layer import Layer
 from moegen.graph.names import assigned, author_frame
 from moegen.ops.op import op_of
@@ -71,6 +72,14 @@ class ComponentTracer(fx.proxy.GraphAppendingTracer):
         if isinstance(name, str):
             node.meta[meta.NAME] = name
         return node
+
+    def create_arg(self, a: Any) -> Any:
+        """Arguments of nodes; a real tensor among them would fix sizes."""
+        if isinstance(a, torch.Tensor):
+            raise fx.proxy.TraceError(
+                "a tensor made while tracing has fixed sizes; make it from values of the graph"
+            )
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxies that know how to name their parts."""
@@ -199,6 +208,8 @@ class Builder:
         outer, self.tracer.path = self.tracer.path, self.path(path)
         try:
             out = getattr(element, method)(self, *inputs)
+        except fx.proxy.TraceError as error:
+            raise self._fault(error) from error
         finally:
             self.tracer.path = outer
         self._adopt(out)
@@ -241,7 +252,10 @@ class Builder:
         method = getattr(self.component.element, self.program)
         names = list(inspect.signature(method).parameters)[1:]
         inputs = [self.tracer.create_proxy("placeholder", name, (), {}) for name in names]
-        out = method(self, *inputs)
+        try:
+            out = method(self, *inputs)
+        except fx.proxy.TraceError as error:
+            raise self._fault(error) from error
         last = self.graph.output(self.tracer.create_arg(out))
         last.meta[meta.ORIGIN] = meta.Origin(self.component.path, "")
         drop_dead(self.graph)
@@ -249,6 +263,10 @@ class Builder:
         self.component.programs[self.program] = fx.GraphModule(
             self.root, self.graph, self.component.class_name
         )
+
+    def _fault(self, error: Exception) -> Fault:
+        sentence = f"{error}; an element may branch on its fields, but not on what it computes"
+        return Fault(sentence, self.tracer.path, raised_at(error.__traceback__))
 
     def _attribute(self, name: str) -> fx.Proxy:
         if name not in self._attributes:
@@ -301,6 +319,4 @@ def _place(frame: FrameType | None) -> str:
     """A line of an element's source, as `arch/moe.py:31` or a plug-in's own path."""
     if frame is None:
         return ""
-    name = frame.f_code.co_filename.replace("\\", "/")
-    _, found, below = name.rpartition("/moegen/")
-    return f"{'moegen/' + below if found else name}:{frame.f_lineno}"
+    return f"{short(frame.f_code.co_filename)}:{frame.f_lineno}"

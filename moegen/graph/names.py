@@ -18,6 +18,12 @@ Names = str | tuple[str, ...]
 _MACHINERY = ("/torch/", "/moegen/graph/", "/moegen/ops/op.py", "/functools.py")
 
 
+def is_machinery(filename: str) -> bool:
+    """Whether a file is torch's or the tracer's, and not one with elements."""
+    name = filename.replace("\\", "/")
+    return any(place in name for place in _MACHINERY)
+
+
 def author_frame(frame: FrameType | None = None) -> FrameType | None:
     """The innermost frame, from `frame` outwards, that belongs to the author of an element.
 
@@ -25,8 +31,7 @@ def author_frame(frame: FrameType | None = None) -> FrameType | None:
     """
     frame = frame or sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "trace_program":
-        name = frame.f_code.co_filename.replace("\\", "/")
-        if not any(place in name for place in _MACHINERY):
+        if not is_machinery(frame.f_code.co_filename):
             return frame
         frame = frame.f_back
     return None

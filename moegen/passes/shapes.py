@@ -10,21 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moegen.errors import PlanError, Problem
 from moegen.graph import meta
 from moegen.graph.component import Component
 from moegen.graph.execute import run
-from moegen.spec.element import Path
-
-
-class ShapeError(Exception):
-    """A torch error inside a program, with the place in the spec it comes from."""
-
-    def __init__(self, sentence: str, path: Path, traced_at: str) -> None:
-        """Keep all three; the plan turns them into a message with a line."""
-        super().__init__(sentence)
-        self.path = path
-        self.traced_at = traced_at
+from moegen.graph.fault import Fault
 
 
 class Shapes:
@@ -76,13 +65,13 @@ def _blame(graph: fx.Graph) -> Iterator[None]:
         node.meta.pop(meta.VAL, None)
     try:
         yield
-    except (ShapeError, PlanError):
+    except Fault:
         raise
     except Exception as error:
         node = next(n for n in graph.nodes if meta.VAL not in n.meta)
         origin = meta.origin(node)
         sentence = f"{str(error).splitlines()[0]} [{describe(node)}]"
-        raise ShapeError(sentence, origin.path, origin.traced_at) from error
+        raise Fault(sentence, origin.path, origin.traced_at) from error
 
 
 def describe(node: fx.Node) -> str:
@@ -108,6 +97,3 @@ def signature(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{','.join(f'{k}:{signature(v)}' for k, v in value.items())}}}"
     return str(value)
-
-
-__all__ = ["PlanError", "Problem", "ShapeError", "Shapes", "describe", "signature"]

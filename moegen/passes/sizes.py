@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from moegen.errors import PlanError, Problem
 from moegen.graph import meta
 from moegen.graph.builder import Trace
+from moegen.graph.fault import Fault
 from moegen.passes.shapes import Shapes, describe
 from moegen.spec.load import Loaded
 
@@ -49,7 +50,11 @@ def prove_sizes(loaded: Loaded[Any]) -> None:
     environment = ShapeEnv(duck_shape=False, specialize_zero_one=True)
     mode = FakeTensorMode(shape_env=environment)
     shapes = _Watched(mode, environment)
-    shapes.run(root, "forward", (_symbolic(mode), None))
+    try:
+        shapes.run(root, "forward", (_symbolic(mode), None))
+    except Fault as fault:
+        note = f"traced at {fault.traced_at}"
+        raise PlanError(loaded.problem(fault.path, str(fault), note=note)) from fault
     if shapes.baked:
         raise PlanError(tuple(_problem(loaded, node, why) for node, why in shapes.baked))
 
