@@ -92,6 +92,7 @@ def measured(repeats: int) -> dict[str, Any]:
     """All figures, in seconds."""
     import tempfile
 
+    facts = machine()
     run("-m", "moegen", "--help")  # writes the byte code
     commands = {
         "moegen --help": wall(repeats, "-m", "moegen", "--help"),
@@ -109,7 +110,7 @@ def measured(repeats: int) -> dict[str, Any]:
         "commands": commands,
         "help imports torch": run("-c", LOADED).splitlines()[-1] == "True",
         "specs": specs,
-        "machine": machine(),
+        "machine": facts,
         "command": shlex.join(["python", "benchmarks/compile_times.py", *sys.argv[1:]]),
     }
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from tiny_specs import SPECS
+from torch import Tensor, nn
 
 import moegen
 from moegen.backend import backend
@@ -24,12 +24,12 @@ from moegen.planner import Plan
 NAMES = sorted(SPECS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def planned(name: str) -> Plan:
     return moegen.plan(SPECS[name], batch=2, sequence=12)
 
 
-@lru_cache(maxsize=None)
+@cache
 def imported(name: str) -> ModuleType:
     return moegen.module(planned(name))
 

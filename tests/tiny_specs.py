@@ -163,11 +163,7 @@ SPECS: dict[str, dict[str, Any]] = {
         ),
         spec(
             "fine-grained",
-            {
-                "moe": moe(
-                    granularity=2, shared={"count": 2, "width": 8, "gate": True}, residual=24
-                )
-            },
+            {"moe": moe(granularity=2, shared={"count": 2, "width": 8, "gate": True}, residual=24)},
         ),
         spec(
             "overrides",
@@ -249,7 +245,10 @@ SPECS: dict[str, dict[str, Any]] = {
             },
         ),
         spec("llama3-rope", {"attention": {"heads": 4, "rope": {"scaling": "llama3"}}}),
-        spec("no-rope", {"attention": {"heads": 4, "rope": None}, "ffn": {"width": 8, "activation": "relu2"}}),
+        spec(
+            "no-rope",
+            {"attention": {"heads": 4, "rope": None}, "ffn": {"width": 8, "activation": "relu2"}},
+        ),
         spec("bf16", {"moe": moe(shared=1, losses=ALL_LOSSES)}, precision={"parameters": "bf16"}),
         spec(
             "mixed",

@@ -113,33 +113,37 @@ def window_blocks(
     count = -(-length // window)
 
     def cut(x: Tensor) -> Tensor:
-        # A whole window of padding, then cut: export would take note of an empty one.
+        # A whole window of padding, then cut: export notes whether a padding is empty.
         rest = x.new_zeros(x.shape[0], x.shape[1], window, x.shape[3])
         whole = torch.cat((x, rest), 2)[:, :, : count * window]
         return torch.unflatten(whole, 2, (count, window))
 
     def cut_with_previous(x: Tensor) -> Tensor:
         blocks = cut(x)
-        previous = torch.cat((torch.zeros_like(blocks[:, :, :1]), blocks[:, :, :-1]), 2)
-        return torch.cat((previous, blocks), 3).transpose(1, 2).flatten(0, 1)
+        first = x.new_zeros(x.shape[0], x.shape[1], 1, window, x.shape[3])
+        previous = torch.cat((first, blocks), 2)[:, :, :-1]
+        return torch.cat((previous, blocks), 3)
+
+    def by_block(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return x.flatten(0, 1)
 
     query = torch.arange(window, device=q.device).unsqueeze(-1) + window
     key = torch.arange(2 * window, device=q.device)
     near = (key <= query) & (key > query - window)
     block = torch.arange(count, device=q.device).view(-1, 1, 1, 1)
     mask = (near & ((block > 0) | (key >= window))).repeat(batch, 1, 1, 1)
-    query_blocks = cut(q).transpose(1, 2).flatten(0, 1).contiguous()
-    return query_blocks, cut_with_previous(k), cut_with_previous(v), mask
+    keys, values = cut_with_previous(k), cut_with_previous(v)
+    return by_block(cut(q)), by_block(keys), by_block(values), mask
 
 
 def join_blocks(out: Tensor, batch: int, length: int) -> Tensor:
     """The inverse of window_blocks: out [B * n, H, w, e] to [B, H, S, e]."""
     count = -(-length // out.shape[2])
-    return (
-        torch.unflatten(out, 0, (batch, count))
-        .transpose(1, 2)
-        .flatten(2, 3)[:, :, :length]
-    )
+    blocks = torch.unflatten(out, 0, (batch, count)).transpose(1, 2)
+    # A block more than needed, so that what is cut off is never empty, as above.
+    more = out.new_zeros(batch, out.shape[1], 1, out.shape[2], out.shape[3])
+    return torch.cat((blocks, more), 2).flatten(2, 3)[:, :, :length]
 
 
 @op(
