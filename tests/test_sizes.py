@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from tiny_specs import SPECS, moe, spec
@@ -87,18 +88,56 @@ def test_a_constant_of_fixed_size_is_refused() -> None:
         moegen.plan(with_affinity("constant"), sequence=4)
 
 
+BY_VALUE: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "branch": ("may branch on its fields", lambda x: x.sigmoid() if x.max() > 0 else x),
+    "branch on a size": ("may branch on its fields", lambda x: x if x.shape[0] == 24 else 2 * x),
+    "branch on a format": ("may branch on its fields", lambda x: x if x.dtype == DTYPE else 2 * x),
+    "int": ("may branch on its fields", lambda x: x.view(int(x.shape[0]), -1)),
+    "float": ("may branch on its fields", lambda x: x * float(x.max())),
+    "len": ("may branch on its fields", lambda x: x.view(len(x), -1)),
+    "loop": ("may branch on its fields", lambda x: sum(x[i] for i in range(x.shape[0]))),
+    "iterate": ("cannot be iterated", lambda x: torch.stack([row * 2 for row in x])),
+    "membership": ("cannot be iterated", lambda x: x if 3 in x else 2 * x),
+    "number from": ("depends on values", lambda x: x * x.max().item()),
+    "nonzero": ("depends on values", lambda x: x.nonzero()),
+    "mask": ("depends on values", lambda x: x[x > 0]),
+    "numpy": ("array", np.exp),
+    "missing key": ("no such thing", lambda x: {}["no such thing"]),
+}
+DTYPE = torch.float32
+
+
 @pytest.mark.usefixtures("parts")
-def test_a_branch_on_a_value_is_told_at_the_line_of_the_spec() -> None:
-    class Branching(Affinity):
+@pytest.mark.parametrize("case", BY_VALUE)
+def test_what_needs_values_is_told_at_the_lines_of_spec_and_source(case: str) -> None:
+    sentence, function = BY_VALUE[case]
+
+    class ByValue(Affinity):
         """Asks a value that is not there yet."""
 
-        kind: Literal["branching"] = "branching"
+        kind: Literal["by_value"] = "by_value"
 
         def scores(self, b: Any, logits: Any) -> Any:
-            if logits.max() > 0:
-                return logits.sigmoid()
-            return logits
+            return function(logits)
 
-    with pytest.raises(PlanError, match=r"test_sizes\.py") as caught:
-        moegen.plan(with_affinity("branching"), sequence=4)
-    assert "affinity: branching" in str(caught.value)
+    with pytest.raises(PlanError, match=sentence) as caught:
+        moegen.plan(with_affinity("by_value"), sequence=4)
+    (problem,) = caught.value.problems
+    assert problem.path == ("model", "moe", "router", "affinity")
+    assert problem.mark is not None
+    assert "affinity: by_value" in problem.mark.text
+    assert "test_sizes.py" in (problem.note or "")
+
+
+@pytest.mark.usefixtures("parts")
+def test_what_works_in_place_is_told_with_the_line_of_the_source() -> None:
+    class InPlace(Affinity):
+        """Writes over what others may read."""
+
+        kind: Literal["in_place"] = "in_place"
+
+        def scores(self, b: Any, logits: Any) -> Any:
+            return logits.sigmoid_()
+
+    with pytest.raises(AssertionError, match=r"works in place \(traced at .*test_sizes\.py"):
+        moegen.plan(with_affinity("in_place"), sequence=4)

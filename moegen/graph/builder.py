@@ -208,7 +208,7 @@ class Builder:
         outer, self.tracer.path = self.tracer.path, self.path(path)
         try:
             out = getattr(element, method)(self, *inputs)
-        except fx.proxy.TraceError as error:
+        except _WRONG as error:
             raise self._fault(error) from error
         finally:
             self.tracer.path = outer
@@ -253,10 +253,10 @@ class Builder:
         names = list(inspect.signature(method).parameters)[1:]
         inputs = [self.tracer.create_proxy("placeholder", name, (), {}) for name in names]
         try:
-            out = method(self, *inputs)
-        except fx.proxy.TraceError as error:
+            out = self.tracer.create_arg(method(self, *inputs))
+        except _WRONG as error:
             raise self._fault(error) from error
-        last = self.graph.output(self.tracer.create_arg(out))
+        last = self.graph.output(out)
         last.meta[meta.ORIGIN] = meta.Origin(self.component.path, "")
         drop_dead(self.graph)
         self._own_weights()
@@ -265,7 +265,9 @@ class Builder:
         )
 
     def _fault(self, error: Exception) -> Fault:
-        sentence = f"{error}; an element may branch on its fields, but not on what it computes"
+        sentence = (str(error) or type(error).__name__).splitlines()[0]
+        if any(word in sentence for word in ("Proxy", "symbolic")):
+            sentence += "; an element may branch on its fields, but not on what it computes"
         return Fault(sentence, self.tracer.path, raised_at(error.__traceback__))
 
     def _attribute(self, name: str) -> fx.Proxy:
@@ -312,6 +314,11 @@ def has_effect(node: fx.Node) -> bool:
     return known.effect if known else node.target in _RANDOM
 
 
+# What an element may raise when it takes a value of the graph for a number.
+_WRONG = (
+    *(fx.proxy.TraceError, TypeError, ValueError, RuntimeError),
+    *(LookupError, AttributeError),
+)
 _RANDOM = {torch.nn.functional.dropout}
 
 

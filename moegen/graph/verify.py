@@ -28,10 +28,17 @@ def verify(root: Component, program: str | None = None) -> None:
             for node in module.graph.nodes:
                 for rule in RULES:
                     broken = rule(component, module.graph, node)
-                    assert broken is None, f"{component.class_name}.{name}: {node}: {broken}"
+                    place = f"{component.class_name}.{name}: {node}"
+                    assert broken is None, f"{place}: {broken}{_source(node)}"
     if program is not None:
         for node in root.programs[program].graph.nodes:
             assert node.op == "output" or meta.VAL in node.meta, f"{node} has no value"
+
+
+def _source(node: fx.Node) -> str:
+    """The author's line, if it is known."""
+    line = node.meta[meta.ORIGIN].traced_at if meta.ORIGIN in node.meta else ""
+    return f" (traced at {line})" if line else ""
 
 
 def _order(component: Component, graph: fx.Graph, node: fx.Node) -> str | None:

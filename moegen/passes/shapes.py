@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from moegen.graph import meta
 from moegen.graph.component import Component
@@ -70,8 +74,16 @@ def _blame(graph: fx.Graph) -> Iterator[None]:
     except Exception as error:
         node = next(n for n in graph.nodes if meta.VAL not in n.meta)
         origin = meta.origin(node)
-        sentence = f"{str(error).splitlines()[0]} [{describe(node)}]"
-        raise Fault(sentence, origin.path, origin.traced_at) from error
+        raise Fault(
+            f"{_reason(error)} [{describe(node)}]", origin.path, origin.traced_at
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of torch in a line."""
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return "what comes out depends on values, and a plan knows shapes alone"
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def describe(node: fx.Node) -> str:
