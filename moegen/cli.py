@@ -91,7 +91,7 @@ override_option = click.option(
     "overrides",
     metavar="PATH=VALUE",
     multiple=True,
-    help="Change a value of the spec, e.g. moe.experts=64; may be given again.",
+    help="Change a value of the spec, e.g. moe.granularity=4; may be given again.",
 )
 
 
@@ -135,7 +135,7 @@ def build(
 def estimate(spec: str, overrides: tuple[str, ...], as_json: bool, **workload: Any) -> None:
     """Print SPEC's parameters, FLOPs and memory.
 
-    An override with several values, -o moe.experts=8,16,32, makes a table with a row for each
+    An override with several values, -o moe.granularity=1,2,4, makes a table with a row for each
     combination.
     """
     from moegen.api import estimate as of_spec
