@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from counted_flops import counter, declared, expected, forward_and_backward
 from tiny_models import BATCH, LENGTH, made, planned, token_ids
 from tiny_specs import SPECS, moe, spec
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
-from torch.utils.flop_counter import FlopCounterMode
 
-from moegen.arch.attention import Attention, GroupedQueryAttention
 from moegen.arch.latent_attention import LatentAttention
 from moegen.ops.attention import causal_mask, seen_pairs, window_blocks
-from moegen.ops.flop_counter import custom_mapping
-from moegen.passes.cost import Summary
 
 NAMES = sorted(SPECS)
 HALVES = LENGTH * (LENGTH + 1) // 2
-
-
-def counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=custom_mapping())
-
-
-def forward_and_backward(model: Any) -> tuple[int, int]:
-    """What torch counts in a forward and a backward pass from the logits."""
-    with counter() as forward:
-        out = model(token_ids())
-    with counter() as backward:
-        out.logits.float().square().mean().backward()
-    return int(forward.get_total_flops()), int(backward.get_total_flops())
-
-
-def declared(summary: Summary) -> tuple[int, int]:
-    return sum(summary.flops.values()), sum(summary.backward.values())
 
 
 # The plan
@@ -45,56 +24,7 @@ def declared(summary: Summary) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_flops_are_those_that_torch_counts(name: str) -> None:
-    forward, backward = declared(planned(name).costs["forward"])
-    more, more_backward = (sum(column) for column in zip(*beyond_the_mask(name), strict=True))
-    expected = forward + more, backward + more_backward
-    assert forward_and_backward(made(name).train()) == expected
-
-
-def beyond_the_mask(name: str) -> Iterator[tuple[int, int]]:
-    """What torch counts, per layer, beyond the pairs inside the mask: forward and backward.
-
-    The counter sees the shapes of products only, so it counts masked pairs wherever the mask is
-    a tensor, or where CPU attention with values narrower than keys takes the unfused path.
-    A plan counts pairs inside the mask, which is what a fused kernel computes.
-    """
-    model = planned(name).spec.model
-    yield 0, 0
-    for layer in range(model.layers):
-        attention = model.attention.in_layer(layer, model.layers)
-        keys, values = widths(attention, model.d_model)
-        per_pair = 2 * BATCH * attention.heads * (keys + values)
-        window = attention.window.size if attention.window else None
-        seen = seen_pairs(LENGTH, window)
-        five = 2 * BATCH * attention.heads * (3 * keys + 2 * values)
-        if fused(attention):
-            pairs = blocks(window) if window else seen
-            yield per_pair * (pairs - seen), five * (pairs - seen)
-            continue
-        # Products one by one keep the scores, so that backward has four products, not five.
-        pairs = blocks(window) if window else LENGTH**2
-        unfused = getattr(attention, "sinks", False) or getattr(attention, "softcap", None)
-        backward = per_pair * 2 * seen if unfused else five * seen
-        yield per_pair * (pairs - seen), per_pair * 2 * pairs - backward
-
-
-def widths(attention: Attention, d_model: int) -> tuple[int, int]:
-    if isinstance(attention, LatentAttention):
-        return attention.nope_dim + attention.rope_dim, attention.value_dim
-    return (attention.rope_width(d_model),) * 2
-
-
-def fused(attention: Attention) -> bool:
-    """Whether torch's CPU kernel computes it as one op."""
-    if isinstance(attention, LatentAttention):
-        return attention.nope_dim + attention.rope_dim == attention.value_dim
-    assert isinstance(attention, GroupedQueryAttention)
-    return not attention.sinks and not attention.softcap
-
-
-def blocks(window: int) -> int:
-    """Pairs in the blocks that a window is cut into, masked ones included."""
-    return -(-LENGTH // window) * window * 2 * window
+    assert forward_and_backward(made(name).train()) == expected(planned(name))
 
 
 @pytest.mark.parametrize("name", NAMES)

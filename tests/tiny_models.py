@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -33,8 +34,13 @@ def imported(source: Source) -> ModuleType:
 
 def made(source: Source, seed: int = 0) -> Any:
     """The emitted model, with parameters that make every part matter."""
+    return filled(imported(source).Model, seed)
+
+
+def filled(make: Callable[[], Any], seed: int = 0) -> Any:
+    """A model whose parameters make every part matter."""
     torch.manual_seed(seed)
-    model = imported(source).Model()
+    model = make()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
