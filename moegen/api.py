@@ -47,7 +47,7 @@ def load(source: Source, overrides: Overrides = ()) -> Loaded[Spec]:
     if isinstance(source, Mapping):
         from moegen.spec.load import resolved_yaml
 
-        text = read_text(resolved_yaml(dict(source)), "<mapping>", changes)
+        text = read_text(resolved_yaml(dict(source)), "<mapping>", changes, root=Spec)
         return Loaded(load_source(Spec, text), text.data, text.marks, text.files)
     return load_file(Spec, source, changes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 MOST = 20  # problems in one report
@@ -17,12 +17,16 @@ _PLAIN_KEY = re.compile(r"[\w-]{1,40}")
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a spec: file, line and column counted from 1, and the text of that line."""
+    """A place in a spec: file, line and column counted from 1, and the text of that line.
+
+    via: for a place in a preset, where that preset is asked for.
+    """
 
     file: str
     line: int
     column: int
     text: str
+    via: Mark | None = None
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,19 @@ def _one(problem: Problem) -> str:
     if problem.note:
         lines += [f"  {visible(line)}" for line in problem.note.splitlines()]
     if mark:
+        lines += _origins(mark)
         lines += _excerpt(mark, problem.path)
     elif problem.path:
         lines.append(f"  at {dotted(problem.path)}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _origins(mark: Mark) -> Iterator[str]:
+    """A line for each preset that a place is reached through, the innermost first."""
+    while mark.via:
+        place = f"{mark.via.file}:{mark.via.line}"
+        yield visible(f"  from {mark.file} at {place}")
+        mark = mark.via
 
 
 def _excerpt(mark: Mark, path: tuple[str | int, ...]) -> list[str]:

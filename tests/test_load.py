@@ -15,9 +15,11 @@ from pydantic import Field
 from moegen.errors import SpecError
 from moegen.spec.element import Element, Kinds, Path, one_of
 from moegen.spec.load import load, load_file, resolved_yaml
+from moegen.spec.merge import merge
 from moegen.spec.scan import FORBIDDEN
 from moegen.spec.schema import json_schema
-from moegen.spec.source import read_text
+from moegen.spec.source import read, read_text
+from moegen.spec.tree import Tree, parse
 
 FUZZ = settings(deadline=None)
 
@@ -63,6 +65,7 @@ class Part(Kinds):
 
 class Small(Part):
     kind: Literal["small"] = "small"
+    shorthand = "weight"
     weight: float = Field(1.0, gt=0, le=8.0)
 
 
@@ -246,6 +249,120 @@ def test_loaded_keeps_places(tmp_path: File):
     assert found.mark(("model", "moe", "top_k")).file == "-o"  # type: ignore[union-attr]
 
 
+LONG = "{experts: {count: 8, width: 64}, score: {kind: cosine, temperature: 2}, noise: {dim: 4}}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "section", "found"),
+    [
+        (["moe.experts=16"], "experts", {"count": 16, "width": 64}),
+        (["moe.experts=16", "moe.experts.width=3"], "experts", {"count": 16, "width": 3}),
+        (["moe.experts=eight"], "experts", {"count": "eight", "width": 64}),
+        (["moe.experts={count: 16}"], "experts", {"count": 16}),
+        (["moe.experts=[1]"], "experts", [1]),
+        (["moe.experts=null"], "experts", None),
+        (["moe.experts=none"], "experts", "none"),
+        (["moe.experts=0"], "experts", 0),
+        (["moe.score=cosine"], "score", {"kind": "cosine", "temperature": 2}),
+        (["moe.score=linear"], "score", "linear"),
+        (["moe.score=5"], "score", 5),
+        (["moe.score=linear", "moe.score.dim=3"], "score", {"kind": "linear", "dim": 3}),
+        (["moe.noise=5"], "noise", {"dim": 5}),
+        (["moe.noise=cosine"], "noise", "cosine"),
+        (["moe.noise=none"], "noise", "none"),
+        (["moe.noise=true"], "noise", True),
+        (
+            ["moe.parts={small: {weight: 1}}", "moe.parts.small=2"],
+            "parts",
+            {"small": {"weight": 2}},
+        ),
+        (["moe.parts.small=none"], "parts", {"small": "none"}),
+        (["moe.capacity=2", "moe.capacity=none"], "capacity", "none"),
+        (
+            ["moe.stack=[5]", "moe.stack.0.inner=cosine", "moe.stack.0.inner.temperature=3"],
+            "stack",
+            [{"dim": 5, "inner": {"kind": "cosine", "temperature": 3}}],
+        ),
+    ],
+)
+def test_a_short_form_is_put_into_the_section_that_is_there(
+    changes: list[str], section: str, found: Any
+):
+    source = read_text(f"name: x\nmodel:\n  moe: {LONG}\n", "t.yaml", changes, root=Root)
+    assert source.data["model"]["moe"][section] == found
+
+
+def test_short_forms_in_overrides_keep_their_places():
+    text = f"name: x\nmodel:\n  moe: {LONG}\n"
+    source = read_text(text, "t.yaml", ["moe.experts=0.5"], root=Root)
+    with pytest.raises(SpecError) as caught:
+        load(Root, source)
+    assert str(caught.value) == (
+        "-o:1:1: error: experts.count must be a whole number of at least 1, not 0.5\n"
+        "     1 | moe.experts=0.5\n"
+        "       | ^ model.moe.experts.count"
+    )
+    source = read_text(text, "t.yaml", ["moe.capacity=2"], root=Root)
+    with pytest.raises(SpecError, match="capacity is 2, a single value with no keys below it"):
+        read_text(resolved_yaml(source.data), overrides=["moe.capacity.factor=1"], root=Root)
+
+
+@pytest.mark.parametrize(
+    ("base", "over", "found"),
+    [
+        ("experts: {count: 8, width: 64}", "experts: 16", {"count": 16, "width": 64}),
+        ("experts: 8", "experts: {width: 64}", {"count": 8, "width": 64}),
+        ("experts: 8", "experts: 16", 16),
+        ("experts: {count: 8}", "experts: null", None),
+        (
+            "score: {dim: 3, inner: linear}",
+            "score: 5",
+            {"dim": 5, "inner": "linear"},
+        ),
+        ("score: {dim: 3}", "score: linear", {"kind": "linear", "dim": 3}),
+        ("score: 5", "score: {inner: linear}", {"dim": 5, "inner": "linear"}),
+        # Another kind, also where it is not written.
+        ("score: {dim: 3}", "score: cosine", "cosine"),
+        ("score: {dim: 3}", "score: {kind: cosine}", {"kind": "cosine"}),
+        ("score: {dim: 3}", "score: {kind: linear}", {"kind": "linear", "dim": 3}),
+        ("score: 5", "score: {kind: cosine}", {"kind": "cosine"}),
+        ("score: cosine", "score: {kind: linear, dim: 2}", {"kind": "linear", "dim": 2}),
+        ("score: cosine", "score: {temperature: 2}", {"kind": "cosine", "temperature": 2}),
+        ("score: {kind: cosine, temperature: 2}", "score: 5", 5),
+        (
+            "score: {inner: {dim: 3}}",
+            "score: {inner: {kind: cosine}}",
+            {"inner": {"kind": "cosine"}},
+        ),
+        ("noise: none", "noise: {dim: 3}", {"dim": 3}),
+        ("noise: {dim: 3}", "noise: none", "none"),
+        (
+            "parts: {small: {weight: 1}}",
+            "parts: {small: 2}",
+            {"small": {"weight": 2}},
+        ),
+        ("parts: {small: {weight: 1}}", "parts: {small: 0}", {"small": 0}),
+    ],
+)
+def test_short_forms_and_kinds_in_what_is_extended(
+    tmp_path: File, base: str, over: str, found: Any
+):
+    (tmp_path / "base.yaml").write_text(f"model:\n  moe:\n    {base}\n")
+    (tmp_path / "t.yaml").write_text(f"extends: base.yaml\nmodel:\n  moe:\n\n    {over}\n")
+    source = read(tmp_path / "t.yaml", root=Root)
+    (section,) = source.data["model"]["moe"]
+    assert source.data["model"]["moe"][section] == found
+    places = {mark.line: File(mark.file).name for mark in source.marks.values()}
+    assert places[5] == "t.yaml"
+    below = ("model", "moe", section)
+    for path, mark in source.marks.items():
+        value: Any = source.data
+        for key in path:
+            value = value[key]
+        if path[:3] == below and isinstance(value, (int, str)):
+            assert str(value) in mark.text
+
+
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda s: not FORBIDDEN.search(s))
 SCALARS = (
     TEXTS
@@ -255,17 +372,17 @@ SCALARS = (
     | st.none()
     | st.sampled_from(["1e-4", "yes", "017", "12:30", "~", "<<", ".inf", "- a", "a: b", "", "1_0"])
 )
+KEYS = TEXTS.filter(lambda key: key not in ("extends", "preset"))  # what reading acts on
 DATA = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=20,
 )
 
 
 @FUZZ
-@given(st.dictionaries(TEXTS, DATA, max_size=5))
+@given(st.dictionaries(KEYS, DATA, max_size=5))
 def test_dumped_data_reads_the_same(data: dict[str, Any]):
-    data.pop("extends", None)
     text = resolved_yaml(data)
     found = read_text(text).data
     assert repr(found) == repr(data)  # types and order as well
@@ -293,6 +410,36 @@ def test_any_data_is_loaded_or_refused(moe: dict[str, Any]):
         spec = None
         report = str(error)
     assert isinstance(spec, Root) or report.startswith("<text>:")
+
+
+SHORT = st.sampled_from([5, 2.0, "linear", "cosine", "small", "none", None, 0, True, [3], {}])
+MOE = st.recursive(
+    SHORT,
+    lambda inner: st.dictionaries(
+        st.sampled_from(["kind", "experts", "count", "score", "inner", "dim", "parts", "small"]),
+        inner,
+        max_size=4,
+    ),
+    max_leaves=12,
+)
+
+
+@FUZZ
+@given(MOE, MOE, MOE)
+def test_any_data_is_laid_over_any(first: Any, second: Any, third: Any):
+    def tree(moe: Any) -> Tree:
+        return parse(resolved_yaml({"model": {"moe": moe}}), "t.yaml")
+
+    merged = merge(merge(tree(first), tree(second), Root), tree(third), Root)
+    for path in merged.marks:
+        value = merged.data
+        for key in path:
+            value = value[key]
+    text = resolved_yaml(merged.data)
+    again = read_text(text, overrides=[f"model.moe={json.dumps(second)}"], root=Root)
+    assert again.data["model"]["moe"] == second or not isinstance(second, dict)
+    # Once laid over, what it says stays as it is.
+    assert merge(merged, tree(third), Root).data == merged.data
 
 
 def references(schema: Any) -> Iterator[str]:

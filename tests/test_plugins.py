@@ -72,6 +72,25 @@ def test_a_file_is_imported_once(tmp_path: Path) -> None:
     assert plugins.load_file(str(place)) is first
 
 
+def test_a_file_may_be_imported_by_python_too(tmp_path: Path) -> None:
+    (tmp_path / "my_policy.py").write_text(AFFINITY)
+    (tmp_path / "other.py").write_text(AFFINITY)
+    code = (
+        "from moegen.plugins import load_file\n"
+        "from my_policy import Softplus\n"
+        "import moegen\n"
+        "load_file('my_policy.py')\n"
+        f"spec = moegen.load({str(TINY)!r}, {{'moe.router.affinity': 'softplus'}}).spec\n"
+        "print(spec.model.moe.router.affinity.kind)\n"
+        "load_file('other.py')"
+    )
+    run = [sys.executable, "-c", code]
+    made = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.stdout == "softplus\n", made.stderr
+    assert "affinity 'softplus' is defined twice: in moegen_import_" in made.stderr
+    assert "and moegen_import_" in made.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
@@ -109,7 +111,7 @@ class Kinds(Element):
 
     A direct subclass of Kinds is the abstract family; a subclass of that with
     `kind: Literal["name"] = "name"` is final and registers itself. Two members of one name
-    are an error.
+    are an error, unless they are one class of a file that is imported twice: then the later counts.
     """
 
     members: ClassVar[dict[str, type[Kinds]]]
@@ -127,7 +129,7 @@ class Kinds(Element):
         if not isinstance(kind, str):  # an intermediate base, not a member
             return
         known = cls.members.get(kind)
-        if known is not None and known.__module__ != cls.__module__:
+        if known is not None and _file(known) != _file(cls):
             places = f"{known.__module__} and {cls.__module__}"
             raise ValueError(f"{cls.family()} {kind!r} is defined twice: in {places}")
         cls.members[kind] = cls
@@ -137,6 +139,12 @@ class Kinds(Element):
         """The family's name as users read it."""
         base = next(c for c in cls.__mro__ if Kinds in c.__bases__)
         return "".join(f" {c.lower()}" if c.isupper() else c for c in base.__name__).strip()
+
+
+def _file(element: type) -> str:
+    """The file that a class is from: a file imported under two names is one; else its module."""
+    place = getattr(sys.modules.get(element.__module__), "__file__", None)
+    return os.path.realpath(place) if place else element.__module__
 
 
 def family_key(family: type[Kinds]) -> str:

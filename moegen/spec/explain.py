@@ -10,7 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from moegen.errors import Mark, Problem, dotted
+from moegen.spec import presets
 from moegen.spec.element import Broken, Element, OneOf, Path
+from moegen.spec.expand import KEY as PRESET
 from moegen.spec.expected import advice, expected
 from moegen.spec.shape import Place, find, places_of
 from moegen.spec.source import Source, locate
@@ -112,6 +114,8 @@ class _Explainer:
         """The message for an unknown key, and what it is likely to mean."""
         message = f"unknown key {show(key)}"
         known = {name for element in section.elements() for name in element.model_fields}
+        if any(presets.names(str(part)) for part in section.path[-1:]):
+            known.add(PRESET)
         before, colon, _ = key.partition(":")
         if colon and before in known:
             self.suggested.add((*section.path, before))

@@ -10,6 +10,7 @@ from typing import Any
 import networkx as nx
 
 from moegen.errors import Mark, Problem, SpecError
+from moegen.spec.element import Element
 from moegen.spec.merge import merge
 from moegen.spec.scan import BYTES, decode
 from moegen.spec.tree import Tree, parse
@@ -29,7 +30,9 @@ class _Loaded:
     bases: tuple[tuple[str, Mark], ...]  # names as written joined to the directory, and where
 
 
-def read_tree(path: str | os.PathLike[str]) -> tuple[Tree, tuple[str, ...]]:
+def read_tree(
+    path: str | os.PathLike[str], root: type[Element] | None = None
+) -> tuple[Tree, tuple[str, ...]]:
     """The tree of a file with all that it extends, and the names of the files, itself first."""
     first = os.fspath(path)
     files = _collect(first)
@@ -44,7 +47,7 @@ def read_tree(path: str | os.PathLike[str]) -> tuple[Tree, tuple[str, ...]]:
     # Bases first, and each file once: a base that many files share is not merged many times.
     merged: dict[str, Tree] = {}
     for key in reversed(list(nx.topological_sort(graph))):
-        merged[key] = _merged(files[key], merged)
+        merged[key] = _merged(files[key], merged, root)
     return merged[_identity(first)], tuple(file.name for file in files.values())
 
 
@@ -157,10 +160,10 @@ def _refuse_cycle(graph: nx.DiGraph[str], files: dict[str, _Loaded]) -> None:
     raise SpecError(Problem(f"extends goes in a circle: {' -> '.join(names)}", mark, (KEY,)))
 
 
-def _merged(file: _Loaded, merged: dict[str, Tree]) -> Tree:
+def _merged(file: _Loaded, merged: dict[str, Tree], root: type[Element] | None) -> Tree:
     """What a file says over all that its bases say; of these, later ones win."""
     tree: Tree | None = None
     for base in [*(merged[_identity(name)] for name, _ in file.bases), file.tree]:
-        tree = base if tree is None else merge(tree, base)
+        tree = base if tree is None else merge(tree, base, root)
     assert tree is not None
     return tree

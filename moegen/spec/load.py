@@ -53,5 +53,5 @@ def load_file(
     root: type[E], path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> Loaded[E]:
     """Read, override and validate a spec file, and keep where everything stands."""
-    source = read(path, overrides)
+    source = read(path, overrides, root=root)
     return Loaded(load(root, source), source.data, source.marks, source.files)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moegen.errors import Mark, Problem, SpecError, dotted
-from moegen.spec.element import Path
+from moegen.spec.element import Element, Path
 from moegen.spec.extends import KEY
-from moegen.spec.merge import without
+from moegen.spec.forms import Slots, one_kind
+from moegen.spec.merge import slots_at, without
+from moegen.spec.shape import below
 from moegen.spec.tree import Tree, parse
 from moegen.spec.words import show
 
@@ -20,12 +23,21 @@ MOST = 10_000  # combinations of a sweep
 _INDEX = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
-def override(tree: Tree, overrides: Sequence[str], default_section: str) -> Tree:
-    """The tree with some values replaced; all that is wrong is one SpecError."""
+def override(
+    tree: Tree,
+    overrides: Sequence[str],
+    default_section: str,
+    root: type[Element] | None = None,
+) -> Tree:
+    """The tree with some values replaced; all that is wrong is one SpecError.
+
+    A section in an override replaces what stood there. A bare value that is short for a section
+    sets that one field of a section of its kind: moe.experts=64 leaves the width as it is.
+    """
     problems: list[Problem] = []
     for text in overrides:
         try:
-            tree = _apply(tree, text, default_section)
+            tree = _apply(tree, text, default_section, root)
         except SpecError as error:
             problems += error.problems
     if problems:
@@ -64,12 +76,12 @@ def _parts(value: str) -> list[str]:
     return [*parts, value[start:].strip()] if parts else [value]
 
 
-def _apply(tree: Tree, text: str, default_section: str) -> Tree:
+def _apply(tree: Tree, text: str, default_section: str, root: type[Element] | None) -> Tree:
     path, value = _read(text)
     if path[0] not in tree.data and isinstance(tree.data.get(default_section), dict):
         # moe.experts means model.moe.experts: nearly all that one varies is below model.
         path = (default_section, *path) if path[0] in tree.data[default_section] else path
-    path, data = _put(tree.data, path, (), value.data, text)
+    path, data = _Put(text, value.data).put(tree.data, path, (), slots_at(root))
     marks = without(tree.marks, path)
     for length in range(1, len(path)):
         marks.setdefault(path[:length], value.marks[()])
@@ -108,22 +120,48 @@ def _shifted(problem: Problem, text: str) -> Problem:
     return Problem(problem.message, mark, (), problem.hint)
 
 
-def _put(data: Any, path: Path, above: Path, value: Any, text: str) -> tuple[Path, Any]:
-    """The data with a value put at a path, and the path as the data has it."""
-    if not path:
-        return above, value
-    key = path[0]
-    if data is None or isinstance(data, dict):
-        full, inner = _put((data or {}).get(key), path[1:], (*above, key), value, text)
-        return full, {**(data or {}), key: inner}
-    if isinstance(data, list):
-        index = _index(data, str(key), above, text)
-        full, inner = _put(data[index], path[1:], (*above, index), value, text)
-        return full, [*data[:index], inner, *data[index + 1 :]]
-    here = dotted(above)
-    hint = f"replace it whole: {FILE} '{here}={{{dotted(path[:1])}: ..., ...}}'"
-    message = f"{here} is {show(data)}, a single value with no keys below it"
-    raise SpecError(_problem(text, message, hint))
+@dataclass(frozen=True)
+class _Put:
+    """An override as it is put into data: the text of all of it, and its value."""
+
+    text: str
+    value: Any
+
+    def put(self, data: Any, path: Path, above: Path, slots: Slots) -> tuple[Path, Any]:
+        """The data with the value at a path, and the path as the data has it."""
+        if not path:
+            return self.whole(data, above, slots)
+        if data is not None and not isinstance(data, (dict, list)):
+            data = self.section(data, path, above, slots)
+        if isinstance(data, list):
+            index = _index(data, str(path[0]), above, self.text)
+            inner_slots = below(slots, index, data)
+            full, inner = self.put(data[index], path[1:], (*above, index), inner_slots)
+            return full, [*data[:index], inner, *data[index + 1 :]]
+        key, data = path[0], data or {}
+        inner_slots = below(slots, key, data)
+        full, inner = self.put(data.get(key), path[1:], (*above, key), inner_slots)
+        return full, {**data, key: inner}
+
+    def whole(self, data: Any, above: Path, slots: Slots) -> tuple[Path, Any]:
+        """The value in the place of the data, or in the field of it that it is short for."""
+        pair = one_kind(slots, data, self.value) if not isinstance(self.value, dict) else None
+        if pair is None:
+            return above, self.value
+        ((key, value),) = pair[1].items()
+        inner_slots = below(slots, key, {**data, **pair[1]})
+        full, inner = _Put(self.text, value).put(data.get(key), (), (*above, key), inner_slots)
+        return full, {**data, key: inner}
+
+    def section(self, data: Any, path: Path, above: Path, slots: Slots) -> dict[str, Any]:
+        """The section that a single value is short for, if it is."""
+        pair = one_kind(slots, data, {})
+        if pair is not None:
+            return pair[0]
+        here = dotted(above)
+        hint = f"replace it whole: {FILE} '{here}={{{dotted(path[:1])}: ..., ...}}'"
+        message = f"{here} is {show(data)}, a single value with no keys below it"
+        raise SpecError(_problem(self.text, message, hint))
 
 
 def _index(items: list[Any], key: str, above: Path, text: str) -> int:

@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 
 from moegen.spec.element import FAMILY, Element, Kinds, OneOf, family_key, short_form
 from moegen.spec.extends import KEY
+from moegen.spec.partial import with_presets
 from moegen.spec.shape import slots_inside
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -28,13 +29,15 @@ def json_schema(root: type[Element]) -> Schema:
     top = _top(definitions, refs[root, "validation"])
     if refs[root, "validation"] not in _refs(definitions):
         del definitions[_name(refs[root, "validation"])]
-    return {
-        "$schema": DIALECT,
-        "title": root.__name__,
-        **_described(root),
-        **_pointed(top, names),
-        "$defs": {name: _pointed(definitions[name], names) for name in sorted(definitions)},
-    }
+    return with_presets(
+        {
+            "$schema": DIALECT,
+            "title": root.__name__,
+            **_described(root),
+            **_pointed(top, names),
+            "$defs": {name: _pointed(definitions[name], names) for name in sorted(definitions)},
+        }
+    )
 
 
 def _reach(root: type[Element]) -> tuple[list[type[Element]], list[type[Kinds]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -54,11 +54,16 @@ def find(root: type[Element], data: Any, loc: tuple[str | int, ...]) -> Place:
     slots: tuple[Slot, ...] = (Slot(root),)
     value = data
     for key in loc:
-        below = tuple(found for slot in slots for found in _enter(slot, key, value))
+        allowed = below(slots, key, value)
         is_there, inner = _item(value, key)
-        if below or is_there:
-            path, slots, value = (*path, key), below, inner
+        if allowed or is_there:
+            path, slots, value = (*path, key), allowed, inner
     return Place(path, slots, value)
+
+
+def below(slots: Iterable[Slot], key: str | int, value: Any) -> tuple[Slot, ...]:
+    """What may stand under a key of a section, or at an index of a list."""
+    return tuple(found for slot in slots for found in _enter(slot, key, value))
 
 
 def places_of(root: type[Element], data: Any, key: str) -> list[Path]:
@@ -72,10 +77,10 @@ def places_of(root: type[Element], data: Any, key: str) -> list[Path]:
         for name, info in element.model_fields.items():
             inner = _item(value, name)[1]
             for slot in slots_of(info.annotation, info.metadata):
-                for below in slot.elements(inner):
-                    if below not in seen:
-                        seen.add(below)
-                        waiting.append((below, (*path, name), inner))
+                for element_below in slot.elements(inner):
+                    if element_below not in seen:
+                        seen.add(element_below)
+                        waiting.append((element_below, (*path, name), inner))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Turns the file of a spec, what it extends and overrides into data with the place of each key."""
+"""Turns a spec file, its bases, overrides and presets into data with the place of each key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moegen.errors import Mark, Problem, SpecError
-from moegen.spec.element import Path
+from moegen.spec.element import Element, Path
+from moegen.spec.expand import expand
 from moegen.spec.extends import KEY, read_tree, root_mapping
 from moegen.spec.overrides import override, sweep
 from moegen.spec.tree import Marks, Tree, parse
@@ -28,11 +29,18 @@ class Source:
 
 
 def read(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, default_section: str = SECTION
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    default_section: str = SECTION,
+    root: type[Element] | None = None,
 ) -> Source:
-    """Read a spec file, all that it extends, and then the overrides."""
-    tree, files = read_tree(path)
-    return _source(tree, files, overrides, default_section)
+    """Read a spec file, all that it extends, then the overrides, then the presets it names.
+
+    root: the element that the spec is read for, whose short forms and kinds are minded.
+    """
+    tree, files = read_tree(path, root)
+    return _source(tree, files, overrides, default_section, root)
 
 
 def read_text(
@@ -41,13 +49,14 @@ def read_text(
     overrides: Sequence[str] = (),
     *,
     default_section: str = SECTION,
+    root: type[Element] | None = None,
 ) -> Source:
-    """Read a spec from a text, which cannot extend files, and then the overrides."""
+    """Read a spec from a text, which cannot extend files; all else is as for a file."""
     tree = parse(text.removeprefix("\ufeff"), name)
     if KEY in root_mapping(tree):
         mark = tree.marks[KEY,]
         raise SpecError(Problem("extends needs a spec that is a file", mark, (KEY,)))
-    return _source(tree, (name,), overrides, default_section)
+    return _source(tree, (name,), overrides, default_section, root)
 
 
 def locate(marks: Mapping[Path, Mark], path: Path) -> Mark | None:
@@ -59,7 +68,12 @@ def locate(marks: Mapping[Path, Mark], path: Path) -> Mark | None:
 
 
 def _source(
-    tree: Tree, files: tuple[str, ...], overrides: Sequence[str], default_section: str
+    tree: Tree,
+    files: tuple[str, ...],
+    overrides: Sequence[str],
+    default_section: str,
+    root: type[Element] | None,
 ) -> Source:
-    tree = override(tree, overrides, default_section)
+    tree = override(tree, overrides, default_section, root)
+    tree = expand(tree, root)
     return Source(tree.data, tree.marks, files)
