@@ -169,7 +169,7 @@ class HardSigmoid(Affinity):
     kind: Literal["hard_sigmoid"] = "hard_sigmoid"
     sums_to_one: ClassVar[bool] = False
 
-    def scores(self, b, logits):
+    def scores(self, b, logits, site):
         return hard_sigmoid(logits)
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Softplus(Affinity):
     kind: Literal["softplus"] = "softplus"
     sums_to_one: ClassVar[bool] = False
 
-    def scores(self, b, logits):
+    def scores(self, b, logits, site):
         """log(1 + exp(logit))."""
         return F.softplus(logits)
 '''

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from moegen.ops.routing import expert_load, position_in_expert, sort_by_expert, top_k
+from moegen.ops.places import position_in_expert
+from moegen.ops.routing import expert_load, sort_by_expert, top_k
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EXPERTS = 4

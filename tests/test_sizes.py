@@ -42,7 +42,7 @@ def test_a_size_that_is_baked_in_is_found() -> None:
 
         kind: Literal["baked"] = "baked"
 
-        def scores(self, b: Any, logits: Any) -> Any:
+        def scores(self, b: Any, logits: Any, site: Any) -> Any:
             return logits.view(BATCH * SEQUENCE, 8).softmax(-1)
 
     # The size fits what the symbols stand for, so that only the equation tells on it.
@@ -62,7 +62,7 @@ def test_a_wrong_shape_is_told_at_the_line_of_the_spec() -> None:
 
         kind: Literal["wrong"] = "wrong"
 
-        def scores(self, b: Any, logits: Any) -> Any:
+        def scores(self, b: Any, logits: Any, site: Any) -> Any:
             grouped = logits.view(-1, 7)
             return grouped.softmax(-1)
 
@@ -81,7 +81,7 @@ def test_a_constant_of_fixed_size_is_refused() -> None:
 
         kind: Literal["constant"] = "constant"
 
-        def scores(self, b: Any, logits: Any) -> Any:
+        def scores(self, b: Any, logits: Any, site: Any) -> Any:
             return logits + torch.zeros(8)
 
     with pytest.raises(PlanError, match="make it from values of the graph"):
@@ -117,7 +117,7 @@ def test_what_needs_values_is_told_at_the_lines_of_spec_and_source(case: str) ->
 
         kind: Literal["by_value"] = "by_value"
 
-        def scores(self, b: Any, logits: Any) -> Any:
+        def scores(self, b: Any, logits: Any, site: Any) -> Any:
             return function(logits)
 
     with pytest.raises(PlanError, match=sentence) as caught:
@@ -136,7 +136,7 @@ def test_what_works_in_place_is_told_with_the_line_of_the_source() -> None:
 
         kind: Literal["in_place"] = "in_place"
 
-        def scores(self, b: Any, logits: Any) -> Any:
+        def scores(self, b: Any, logits: Any, site: Any) -> Any:
             return logits.sigmoid_()
 
     with pytest.raises(AssertionError, match=r"works in place \(traced at .*test_sizes\.py"):

@@ -48,7 +48,7 @@ class Block(Layer):
         x = self._attention(b, x, context)
         h = self._before(b, "ffn_norm", x)
         if self.moe:
-            out, routing = self._routed(b, h, context.valid)
+            out, routing = self._routed(b, h, context.valid, *self._ids(context))
             x = self._after(b, "ffn_norm", x, out)
             return self._extra(b, x), (routing,)
         x = self._after(b, "ffn_norm", x, self._dense(b, h))
@@ -58,7 +58,7 @@ class Block(Layer):
         """x [B, T, d] to [B, T, d] with this layer's cache."""
         x = self._attention(b, x, context, cache)
         h = self._before(b, "ffn_norm", x)
-        out = self._routed(b, h) if self.moe else self._dense(b, h)
+        out = self._routed(b, h, *self._ids(context)) if self.moe else self._dense(b, h)
         return self._extra(b, self._after(b, "ffn_norm", x, out))
 
     def new_cache(self, b: Builder, batch: Any, length: Any) -> Any:
@@ -81,6 +81,11 @@ class Block(Layer):
     def _routed(self, b: Builder, *inputs: Any) -> Any:
         assert self.moe is not None
         return b.child("moe", self.moe, *inputs, path=self.moe_path, role="routed_experts")
+
+    def _ids(self, context: Any) -> list[Any]:
+        """What the router reads beside tokens."""
+        assert self.moe is not None
+        return [getattr(context, name) for name in self.moe.given()]
 
     def _dense(self, b: Builder, h: Any) -> Any:
         assert self.ffn is not None

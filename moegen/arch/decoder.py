@@ -13,12 +13,15 @@ from pydantic import Field
 from moegen.arch.attention import Attention
 from moegen.arch.block import Block
 from moegen.arch.feed_forward import FeedForward
+from moegen.arch.mixture_rules import SILENCE, leaks
 from moegen.arch.model import Model
 from moegen.arch.moe import MoE
 from moegen.arch.norm import Norm, RMSNorm
 from moegen.arch.rope import Rope
+from moegen.arch.routing.ids import TOKEN
 from moegen.graph.builder import Builder
-from moegen.ops.losses import next_token_loss, real_tokens
+from moegen.ops.losses import next_token_loss, output_z_loss, real_tokens
+from moegen.ops.sequences import per_token
 from moegen.spec.element import Element, OneOf, Path
 
 
@@ -39,6 +42,9 @@ class Head(Element):
     bias: bool = Field(False, description="whether the logits have a bias")
     scale: float = Field(1.0, gt=0, le=1e6, description="factor on the logits")
     softcap: float | None = Field(None, gt=0, description="bound: cap * tanh(logits / cap)")
+    z_loss: float = Field(
+        0.0, ge=0, le=1e6, description="coefficient of mean LSE(logits)^2 (GLaM, PaLM)"
+    )
 
 
 class Decoder(Model):
@@ -103,15 +109,21 @@ class Decoder(Model):
 
     def warnings(self) -> Iterator[tuple[Path, str]]:
         """Routing that looks ahead cannot be had when decoding."""
+        told: set[str] = set()
         for _, moe, path in self.routed():
-            select = moe.router.select
-            if not select.causal:
-                below = (*path[1:], "router", "select")
-                sentence = f"{select.kind} looks at later tokens, which decoding does not have yet"
-                yield below, f"{sentence}: losses are too low, and step() routes otherwise"
-                return
+            if moe.non_causal == "accept":
+                continue
+            for below, sentence in leaks(moe):
+                if sentence not in told:
+                    told.add(sentence)
+                    yield (*path[1:], *below), f"{sentence}; {SILENCE}"
 
     # Facts
+
+    def given(self) -> tuple[str, ...]:
+        """Names of the ids that a user gives beside the tokens', each once."""
+        names = [name for _, moe, _ in self.routed() for name in moe.given()]
+        return tuple(name for name in dict.fromkeys(names) if name != TOKEN)
 
     @property
     def tied(self) -> bool:
@@ -169,46 +181,51 @@ class Decoder(Model):
         def tokens(*shape: Any) -> Any:
             return torch.zeros(shape, dtype=torch.int64)
 
+        def given() -> list[Any]:
+            return [tokens(batch) for _ in self.given()]
+
         return {
             "new_cache": lambda done: (batch, sequence),
-            "step": lambda done: (tokens(batch, new), tokens(), done["new_cache"]),
-            "forward": lambda done: (tokens(batch, sequence), None),
+            "step": lambda done: (tokens(batch, new), tokens(), done["new_cache"], *given()),
+            "forward": lambda done: (tokens(batch, sequence), None, *given()),
             "loss": lambda done: (done["forward"].logits, tokens(batch, sequence)),
             "update_balance": lambda done: (done["forward"].routing,),
         }
 
     # Programs
 
-    def forward(self, b: Builder, ids: Any, mask: Any = None) -> Any:
+    def forward(self, b: Builder, ids: Any, mask: Any = None, **given: Any) -> Any:
         """ids [B, S], and mask [B, S] of real tokens (padding on the right), to an Output."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         fields = self._tables(b, positions)
-        if self.moe:
+        valid = None
+        if self.moe or self.head.z_loss:
             valid = real_tokens(ids, mask)
-            fields["valid"] = valid
+        if self.moe:
+            fields |= {"valid": valid, **self._ids(b, ids, given)}
         context = b.record("Context", **fields)
         x = self._embed(b, ids)
         if not self.moe:
             for layer, block in enumerate(self.blocks()):
                 x = b.child(f"layers.{layer}", block, x, context)
-            return b.record("Output", logits=self._logits(b, x))
+            return self._output(b, self._logits(b, x), valid)
         routing = b.no_items()
         for layer, block in enumerate(self.blocks()):
             x, records = b.child(f"layers.{layer}", block, x, context)
             routing = routing + records
         logits = self._logits(b, x)
-        losses = self._losses(b, routing)
-        return b.record("Output", logits=logits, losses=losses, routing=routing)
+        return self._output(b, logits, valid, losses=self._losses(b, routing), routing=routing)
 
     def loss(self, b: Builder, logits: Any, labels: Any) -> Any:
         """Mean cross-entropy of the next token."""
         return next_token_loss(logits, labels)
 
-    def step(self, b: Builder, ids: Any, start: Any, cache: Any) -> Any:
+    def step(self, b: Builder, ids: Any, start: Any, cache: Any, **given: Any) -> Any:
         """ids [B, T] at positions start, start + 1, ... to logits [B, T, V]; fills the cache."""
         positions = start + torch.arange(ids.shape[1], device=ids.device)
         tables = self._tables(b, positions)
-        context = b.record("Place", start=start, positions=positions, **tables)
+        known = self._ids(b, ids, given)
+        context = b.record("Place", start=start, positions=positions, **tables, **known)
         x = self._embed(b, ids)
         for layer, block in enumerate(self.blocks()):
             x = b.child(f"layers.{layer}", block, x, context, cache[layer])
@@ -229,6 +246,25 @@ class Decoder(Model):
                 b.child(f"layers.{layer}", blocks[layer], routing[index].load)
 
     # Parts
+
+    def _output(self, b: Builder, logits: Any, valid: Any, **fields: Any) -> Any:
+        """The record, with the loss on logits among the others if there is one."""
+        if self.head.z_loss:
+            output_z = output_z_loss(logits, valid)
+            losses = fields.pop("losses", {})
+            fields = {"losses": {**losses, "output_z": output_z * self.head.z_loss}, **fields}
+        return b.record("Output", logits=logits, **fields)
+
+    def _ids(self, b: Builder, ids: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """What routers read beside tokens, one for every token."""
+        names = dict.fromkeys(name for _, moe, _ in self.routed() for name in moe.given())
+        known = {}
+        for name in names:
+            if name == TOKEN:
+                known[name] = ids.flatten()
+            else:
+                known[name] = b.name(per_token(given[name], ids.shape[0], ids.shape[1]), name)
+        return known
 
     def _suffix(self, index: int) -> str:
         return f"_{index + 1}" if index else ""

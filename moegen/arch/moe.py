@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from moegen.arch.activation import Activation, SwiGLU
 from moegen.arch.capacity import Capacity
+from moegen.arch.experts import Decided, Experts, compute
 from moegen.arch.feed_forward import ExtraFeedForward, ResidualFeedForward, SharedExperts
-from moegen.arch.init import ZEROS
-from moegen.arch.losses import AuxiliaryLoss
+from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
+from moegen.arch.mixture_rules import of_capacity, of_experts
 from moegen.arch.placement import Placement
-from moegen.arch.routing.routed import Routed, Scored
+from moegen.arch.routing.routed import Routed, Scored, Site
 from moegen.arch.routing.router import Router
+from moegen.arch.routing.sites import matrix_of_id, one_matrix
 from moegen.graph.builder import Builder
 from moegen.graph.layer import Layer
+from moegen.ops.attention import at_most
 from moegen.ops.balance import move_bias
-from moegen.ops.experts import grouped_bias, grouped_linear
+from moegen.ops.information import router_entropy
 from moegen.ops.losses import masked_mean
 from moegen.spec.element import Element, OneOf, Path
-
-
-class Experts(Element):
-    """The routed experts: feed-forward networks of one shape."""
-
-    shorthand = "count"
-
-    count: int = Field(ge=1, le=10**7, description="routed experts, before granularity")
-    width: int = Field(ge=1, le=10**7, description="hidden width, before granularity")
-    activation: Annotated[Activation, OneOf(Activation)] = Field(
-        SwiGLU(), description="activation, e.g. swiglu, relu"
-    )
-    bias: bool = Field(False, description="whether the projections have a bias")
 
 
 class Shared(Element):
@@ -62,6 +51,7 @@ def _by_name(value: Any) -> Any:
 
 Loss = Annotated[AuxiliaryLoss, OneOf(AuxiliaryLoss)]
 Losses = Annotated[dict[str, Loss], BeforeValidator(_by_name)]
+Group = Literal["batch", "sequence"] | Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Override(Element):
@@ -87,8 +77,16 @@ class MoE(Layer):
         None, description="a dense network on a branch of its own after the routed one (ST-MoE)"
     )
     router: Router = Field(Router(), description="how tokens find experts")
+    group: Group = Field(
+        "batch",
+        description="tokens that compete for capacity and are balanced together: the batch, each "
+        "sequence, or runs of so many",
+    )
     capacity: Capacity | None = Field(None, description="bound on an expert's rows; null: none")
     losses: Losses = Field({}, description="auxiliary losses by name: balance, z, ...")
+    non_causal: Literal["warn", "accept"] = Field(
+        "warn", description="accept: no warning that a decoder's routing looks ahead"
+    )
     overrides: tuple[Override, ...] = Field((), description="other settings in some layers")
 
     @model_validator(mode="before")
@@ -105,32 +103,17 @@ class MoE(Layer):
             sentence = f"granularity {self.granularity} must divide the width {self.experts.width}"
             yield ("granularity",), sentence
         select, router = self.router.select, self.router
-        for path, sentence in select.check(self.num_experts, self.granularity):
+        for path, sentence in select.check(self.num_choices, self.granularity):
             yield ("router", "select", *path), sentence
         if router.restrict:
-            chosen = select.chosen(self.granularity)
-            for path, sentence in router.restrict.check(self.num_experts, chosen):
+            for path, sentence in router.restrict.check(self.num_choices, self.chosen):
                 yield ("router", "restrict", *path), sentence
-        if self.capacity and not select.takes_capacity:
-            yield ("capacity",), f"{select.kind} fills every expert equally and has no capacity"
-        if router.gate.normalize == "softmax_over_kept" and not router.affinity.sums_to_one:
-            sentence = f"softmax_over_kept leaves no use for affinity {router.affinity.kind}"
-            yield ("router", "gate"), sentence
-        if not select.chosen(1):
-            yield from self._expert_side()
-        yield from self._broken_overrides()
-
-    def _expert_side(self) -> Iterator[tuple[Path, str]]:
-        """What makes no sense where experts choose."""
-        kind = self.router.select.kind
+        yield from of_capacity(self)
+        yield from of_experts(self)
         for name, loss in self.losses.items():
-            if loss.needs_choices:
-                yield ("losses", name), f"loads under {kind} are equal, so {name} has no use"
-        if self.router.gate.normalize != "none":
-            yield ("router", "gate"), f"under {kind} gates are the scores; normalize must be none"
-        for name in ("balance_bias", "restrict"):
-            if getattr(self.router, name):
-                yield ("router", name), f"{name} is for tokens that choose, not for {kind}"
+            for path, sentence in loss.check(self):
+                yield ("losses", name, *path), sentence
+        yield from self._broken_overrides()
 
     def _broken_overrides(self) -> Iterator[tuple[Path, str]]:
         pooled = any(loss.pooled for loss in self.losses.values())
@@ -159,14 +142,49 @@ class MoE(Layer):
         return self.experts.count * self.granularity
 
     @property
+    def num_choices(self) -> int:
+        """What a token can choose: routed experts and those without parameters."""
+        return self.num_experts + self.experts.free
+
+    @property
+    def num_identity(self) -> int:
+        """Experts that give back the token; they come after the routed ones."""
+        return self.experts.identity
+
+    @property
+    def total_experts(self) -> int:
+        """Networks in all: with mixtures inside experts, all inner ones."""
+        nested = self.experts.nested
+        return self.num_experts * (nested.count if nested else 1)
+
+    @property
+    def at(self) -> Path:
+        """Where its router stands below its own place in the spec: nowhere else."""
+        return ()
+
+    @property
     def expert_width(self) -> int:
         """n: hidden width of a routed expert, granularity applied."""
         return self.experts.width // self.granularity
 
     @property
     def chosen(self) -> int:
-        """k: experts that a token takes, granularity applied; 0 where experts choose."""
-        return int(self.router.select.chosen(self.granularity))
+        """k: experts that a token takes, granularity applied; 0 where tokens do not choose."""
+        return int(self.router.select.chosen(self.granularity, self.num_choices))
+
+    @property
+    def group_kind(self) -> str:
+        """batch, sequence, or run."""
+        if "group" not in self.model_fields_set and "batch" not in self.router.select.takes_groups:
+            return str(self.router.select.takes_groups[0])
+        return "run" if isinstance(self.group, int) else self.group
+
+    def given(self) -> tuple[str, ...]:
+        """Names of the ids that its programs are given, each once."""
+        names = list(self.router.ids())
+        for loss in self.losses.values():
+            names += loss.ids()
+        return tuple(dict.fromkeys(names))
 
     def in_layer(self, layer: int) -> tuple[MoE, Path]:
         """The MoE of one layer, and where the spec says it."""
@@ -176,17 +194,22 @@ class MoE(Layer):
         return self.model_copy(update={"overrides": ()}), ("model", "moe")
 
     def _override(self, index: int) -> MoE:
-        base = self.model_dump(exclude={"overrides"})
+        base = self.model_dump(exclude={"overrides"}, exclude_unset=True)
         change = self.overrides[index].model_dump(exclude={"layers"})
         return MoE.model_validate(merged(base, change))
 
     def describe(self, spec: Any) -> str:
         """`Mixture of 256 experts, 2048 wide: 8 a token, 1 shared.`"""
         select = self.router.select
-        share = select.active(self) * self.num_experts
+        share = select.active(self) * self.num_choices
         met = f"{self.chosen} a token" if self.chosen else f"{float(share):g} a token on average"
+        met = "all for every token" if share == self.num_choices else met
         shared = f", {self.shared.count} shared" if self.shared else ""
-        return f"Mixture of {self.num_experts} experts, {self.expert_width} wide: {met}{shared}."
+        free = f" and {self.experts.free} without parameters" if self.experts.free else ""
+        nested = self.experts.nested
+        inner = f", each a mixture of {nested.count}" if nested else ""
+        wide = f"{self.num_experts} experts{free}{inner}, {self.expert_width} wide"
+        return f"Mixture of {wide}: {met}{shared}."
 
     def programs(self) -> tuple[str, ...]:
         """Training, decoding, and the balance bias's update where there is one."""
@@ -195,63 +218,92 @@ class MoE(Layer):
 
     # Programs
 
-    def forward(self, b: Builder, x: Any, valid: Any) -> Any:
-        """x [B, S, d] and valid [B * S] to [B, S, d] and what routing did."""
+    def forward(self, b: Builder, x: Any, valid: Any, **ids: Any) -> Any:
+        """x [B, S, d], valid [B * S] and ids [B * S] to [B, S, d] and what routing did."""
         tokens = x.flatten(0, 1)
         with b.section("route"):
-            scored = self.router.scored(b, self, tokens, valid, (x.shape[0], x.shape[1]))
-            routed = b.inline(self.router.select, "route", self, scored, path=("router", "select"))
-        out = self._mix(b, tokens, routed)
+            scored, routed = self._route(b, x, tokens, valid, ids)
+        out, inside = self._mix(b, tokens, routed, training=True)
         with b.section("statistics"):
             probability = masked_mean(scored.scores, valid)
-            losses = self._losses(b, scored, routed, probability)
+            if scored.site.choices != self.num_choices:  # of slots
+                probability = torch.unflatten(probability, 0, (self.num_choices, -1)).sum(-1)
+            outcome = Outcome(self, scored, routed, probability, inside)
+            losses = self._losses(b, outcome)
+            entropy = router_entropy(scored.scores, valid)
         out = out.view_as(x)
         routing = b.record(
             "Routing",
-            load=routed.load,
+            load=inside.routed.load if inside else routed.load,
             dropped=routed.dropped,
             probability=probability,
+            entropy=entropy,
             losses=losses,
         )
         return out, routing
 
-    def step(self, b: Builder, x: Any) -> Any:
+    def step(self, b: Builder, x: Any, **ids: Any) -> Any:
         """x [B, T, d] to [B, T, d], nothing dropped and nothing counted."""
         tokens = x.flatten(0, 1)
         with b.section("route"):
-            scored = self.router.scored(b, self, tokens, None, (x.shape[0], x.shape[1]))
-            routed = b.inline(self.router.select, "route", self, scored, path=("router", "select"))
-        return self._mix(b, tokens, routed).view_as(x)
+            _, routed = self._route(b, x, tokens, None, ids)
+        out, _ = self._mix(b, tokens, routed, training=False)
+        return out.view_as(x)
 
     def update_balance(self, b: Builder, load: Any) -> Any:
         """Move the balance bias by the load [E] of the step."""
         assert self.router.balance_bias is not None
-        return move_bias(self.router.bias(b, self), load, self.router.balance_bias.rate)
+        return move_bias(self.router.bias(b, self.num_choices), load, self.router.balance_bias.rate)
 
     # Parts
 
-    def _losses(self, b: Builder, scored: Scored, routed: Routed, probability: Any) -> Any:
+    def _route(
+        self, b: Builder, x: Any, tokens: Any, valid: Any, ids: dict[str, Any]
+    ) -> tuple[Scored, Routed]:
+        gates = self.router.gates
+        site = Site(
+            choices=self.router.select.logits(self.num_choices),
+            valid=valid,
+            sequences=(x.shape[0], x.shape[1]),
+            ids=ids,
+            group=self._group(x, tokens),
+            linear=matrix_of_id(ids[gates.id], gates.count) if gates else one_matrix,
+        )
+        scored = b.inline(self.router, "scored", tokens, site, path=("router",))
+        routed = b.inline(self.router.select, "route", self, scored, path=("router", "select"))
+        return scored, routed
+
+    def _group(self, x: Any, tokens: Any) -> Any:
+        """Tokens that compete, a number; None if it is all of them."""
+        if isinstance(self.group, int):
+            return at_most(self.group, tokens.shape[0])
+        return x.shape[1] if self.group_kind == "sequence" else None
+
+    def _losses(self, b: Builder, outcome: Outcome) -> Any:
         """This layer's auxiliary losses by name, not weighted."""
         values = {}
         for name, loss in self.losses.items():
             if not loss.pooled:
-                path = ("losses", name)
-                value = b.inline(loss, "of_layer", scored, routed, probability, path=path)
+                value = b.inline(loss, "of_layer", outcome, path=("losses", name))
                 values[name] = b.name(value, name)
         return values
 
-    def _mix(self, b: Builder, tokens: Any, routed: Routed) -> Any:
+    def _mix(
+        self, b: Builder, tokens: Any, routed: Routed, training: bool
+    ) -> tuple[Any, Decided | None]:
         """tokens [T, d] to the weighted sum of their experts' outputs [T, d], and the rest."""
         precision = b.spec.precision
         with b.section("experts"):
             rows = routed.rows(tokens)
             if precision.expert_dtype != precision.compute_dtype:
                 rows = rows.to(precision.expert_dtype)
-            rows = b.inline(self, "_compute", rows, routed.ends, path=("experts",))
+            rows, inside = compute(b, self, rows, routed, training)
         with b.section("combine"):
             out = routed.restore(rows)
             if precision.expert_dtype != precision.compute_dtype:
                 out = out.to(precision.compute_dtype)
+            if routed.through is not None:
+                out = out + routed.through.unsqueeze(-1).to(precision.compute_dtype) * tokens
             if self.shared:
                 out = out + self._shared(b, tokens)
             if self.residual:
@@ -259,33 +311,7 @@ class MoE(Layer):
                     "residual", self.residual, tokens, path=("residual",), role="dense"
                 )
                 out = out + beside
-        return out
-
-    def _compute(self, b: Builder, rows: Any, ends: Any) -> Any:
-        """Rows [N, d] grouped by expert to the experts' outputs [N, d]."""
-        activation = self.experts.activation
-        width = self.expert_width * (2 if activation.gated else 1)
-        hidden = self._linear(b, "gate_up" if activation.gated else "up", rows, ends, width)
-        if activation.gated:
-            gate, up = hidden.chunk(2, -1)
-            hidden = activation.apply(gate, up)
-        else:
-            hidden = activation.apply(hidden)
-        rate = b.spec.train.dropout.experts
-        if rate:
-            hidden = F.dropout(hidden, rate, b.training)
-        return self._linear(b, "down", hidden, ends, b.spec.model.d_model)
-
-    def _linear(self, b: Builder, name: str, rows: Any, ends: Any, out: int) -> Any:
-        count, dtype = self.num_experts, b.spec.precision.expert_dtype
-        facts: dict[str, Any] = {"role": "routed_experts", "compute": dtype}
-        facts["active"] = self.router.select.active(self)
-        width = self.expert_width if name == "down" else b.spec.model.d_model
-        rows = grouped_linear(rows, b.param(name, count, out, width, **facts), ends)
-        if self.experts.bias:
-            bias = b.param(f"{name}_bias", count, out, init=ZEROS, **facts)
-            rows = grouped_bias(rows, bias, ends)
-        return rows
+        return out, inside
 
     def _shared(self, b: Builder, tokens: Any) -> Any:
         assert self.shared is not None

@@ -9,7 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 import moegen.arch.decoder
 import moegen.arch.latent_attention
-import moegen.arch.routing  # noqa: F401  (registers every part of a router)
+import moegen.arch.losses
+import moegen.arch.routing  # noqa: F401  (registers all parts)
 from moegen.arch.init import Initialization
 from moegen.arch.model import Model
 from moegen.arch.precision import Precision

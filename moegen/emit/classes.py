@@ -20,6 +20,7 @@ from moegen.emit.loops import roll
 from moegen.graph import meta
 from moegen.graph.component import Buffer, Component, Init, Weight
 from moegen.graph.functions import function_name
+from moegen.ops.op import OPS
 
 Docs = Callable[[Component], str]
 
@@ -118,10 +119,20 @@ class Classes:
         lines = ["", "    @torch.no_grad()", "    def reset_parameters(self) -> None:"]
         lines.append('        """Draw the parameters of this module anew, and make its buffers."""')
         for name, weight in component.weights.items():
-            lines += lay_out(_start(f"self.{name}", weight.init), 8)
+            for statement in self._start(f"self.{name}", weight.init):
+                lines += lay_out(statement, 8)
         for name, buffer in component.buffers.items():
             lines += lay_out(self._remake(name, buffer), 8)
         return lines
+
+    def _start(self, target: str, init: Init) -> list[str]:
+        """What fills a parameter: all of it, or the first of a stack and then its copies."""
+        function = init.function if init.function in OPS else f"nn.init.{init.function}"
+        self.ops |= {init.function} & OPS.keys()
+        arguments = "".join(f", {name}={constant(value).code}" for name, value in init.arguments)
+        if not init.identical:
+            return [f"{function}({target}{arguments})"]
+        return [f"{function}({target}[0]{arguments})", f"{target}[1:] = {target}[0]"]
 
     def _remake(self, name: str, buffer: Buffer) -> str:
         if buffer.make is torch.zeros:
@@ -173,9 +184,11 @@ def _signature(component: Component, program: str) -> list[str]:
     for node in graph.nodes:
         if node.op == "placeholder":
             name = str(node.target)
-            optional = known[name].default is None
+            optional = name in known and known[name].default is None
             kind = INPUTS.get((type(component.element).__name__, program, name))
             text = kind or annotation(meta.val(node))
+            if not optional and any(" = " in part for part in parts) and "*" not in parts:
+                parts.append("*")
             parts.append(f"{name}: Tensor | None = None" if optional else f"{name}: {text}")
     return lay_out(f"def {program}({', '.join(parts)}) -> {of_output(graph)}:", 4)
 
@@ -205,11 +218,6 @@ def _docstring(text: str, indent: int) -> list[str]:
     if len(lines) == 1:
         return [f'{pad}"""{lines[0]}"""']
     return [f'{pad}"""{lines[0]}', *(f"{pad}{line}".rstrip() for line in lines[1:]), f'{pad}"""']
-
-
-def _start(target: str, init: Init) -> str:
-    arguments = "".join(f", {name}={constant(value).code}" for name, value in init.arguments)
-    return f"nn.init.{init.function}({target}{arguments})"
 
 
 def _literal(value: Any) -> str:

@@ -158,7 +158,7 @@ class Builder:
         role = role or self.role
         kept = dtype or self.spec.precision.parameter_dtype
         used = compute or (dtype or self.spec.precision.compute_dtype)
-        start = init or self.spec.init.of(shape, role)
+        start = init or self.spec.init.of(shape, role, name)
         weight = Weight(shape, kept, role, start, active)
         assert self.component.weights.setdefault(name, weight) == weight, name
         proxy = self._attribute(name)
@@ -250,10 +250,12 @@ class Builder:
     def trace_program(self) -> None:
         """Trace the program and leave it in the component as a GraphModule."""
         method = getattr(self.component.element, self.program)
-        names = list(inspect.signature(method).parameters)[1:]
-        inputs = [self.tracer.create_proxy("placeholder", name, (), {}) for name in names]
+        inputs = {
+            name: self.tracer.create_proxy("placeholder", name, (), {})
+            for name in inputs_of(self.component.element, self.program)
+        }
         try:
-            out = self.tracer.create_arg(method(self, *inputs))
+            out = self.tracer.create_arg(method(self, **inputs))
         except _WRONG as error:
             raise self._fault(error) from error
         last = self.graph.output(out)
@@ -298,6 +300,15 @@ class Builder:
         for value, name in pairs:
             if isinstance(value, fx.Proxy) and value.node.op not in ("placeholder", "get_attr"):
                 value.node.meta.setdefault(meta.NAME, name)
+
+
+def inputs_of(element: Layer, program: str) -> list[str]:
+    """Names of a program's inputs: its method's, and those given in place of a `**` parameter."""
+    names: list[str] = []
+    for parameter in list(inspect.signature(getattr(element, program)).parameters.values())[1:]:
+        more = parameter.kind is inspect.Parameter.VAR_KEYWORD
+        names += element.given() if more else [parameter.name]
+    return names
 
 
 def drop_dead(graph: fx.Graph) -> None:

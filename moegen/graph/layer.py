@@ -23,6 +23,10 @@ class Layer(Element):
         """Names of the methods that are traced."""
         return ("forward",)
 
+    def given(self) -> tuple[str, ...]:
+        """Names of further inputs, in place of a method's `**` parameter, each once."""
+        return ()
+
     def class_name(self) -> str:
         """What the emitted class is called."""
         return type(self).__name__
@@ -31,6 +35,6 @@ class Layer(Element):
         """What the emitted class says it is, in a sentence with this spec's numbers."""
         return (inspect.getdoc(type(self)) or "").splitlines()[0]
 
-    def forward(self, b: Builder, *inputs: Any) -> Any:
+    def forward(self, b: Builder, *inputs: Any, **given: Any) -> Any:
         """Compute the outputs from the inputs; the names of the inputs are those of the method."""
         raise TypeError(f"{type(self).__name__} has no forward")

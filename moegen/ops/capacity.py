@@ -8,6 +8,14 @@ from typing import Literal
 from moegen.ops.op import op
 
 Rounding = Literal["floor", "ceil", "nearest"]
+First = Literal["nothing", "share_down", "share_up", "tokens_up"]
+
+
+def _rounded(exact: float, rounding: Rounding) -> int:
+    """A whole number; of `nearest`, a half goes to the even neighbour."""
+    if rounding == "floor":
+        return math.floor(exact)
+    return math.ceil(exact) if rounding == "ceil" else round(exact)
 
 
 @op()
@@ -16,23 +24,38 @@ def expert_capacity(
     experts: int,
     factor: float,
     rounding: Rounding = "floor",
+    round_first: First = "nothing",
+    times_first: int = 1,
+    times: int = 1,
+    maximum: int | None = None,
     minimum: int = 0,
     multiple: int = 1,
 ) -> int:
-    """Slots of each expert: factor * rows / experts, rounded, at least `minimum`.
+    """Slots of each expert: factor * rows / experts, rounded, between maximum and minimum.
 
-    `rows` counts tokens or choices, as the convention says; the result is then raised to a
-    `multiple`. A `nearest` half goes to the even neighbour.
+    `rows` counts tokens or choices, as the convention says; round_first rounds rows / experts, or
+    factor * rows (then `times_first`), before the rest. What is rounded is taken `times`, bounded,
+    and raised to a `multiple`.
     """
-    exact = factor * rows / experts
-    if rounding == "floor":
-        slots = math.floor(exact)
-    elif rounding == "ceil":
-        slots = math.ceil(exact)
+    if round_first == "share_down":
+        exact = factor * (rows // experts)
+    elif round_first == "share_up":
+        exact = factor * -(-rows // experts)
+    elif round_first == "tokens_up":
+        exact = math.ceil(factor * rows) * times_first / experts
     else:
-        slots = round(exact)
+        exact = factor * rows / experts
+    slots = _rounded(exact, rounding) * times
+    if maximum is not None:
+        slots = min(slots, maximum)
     slots = max(slots, minimum)
     return -(-slots // multiple) * multiple
+
+
+@op()
+def share_of_tokens(tokens: int, share: float) -> int:
+    """A share of all tokens, rounded up: fairseq's capacity in evaluation."""
+    return math.ceil(share * tokens)
 
 
 @op()

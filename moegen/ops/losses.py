@@ -117,3 +117,17 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     predicted = logits[:, :-1].flatten(0, 1).float()
     return F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100)
+
+
+@op()
+def dropped_fraction(kept: Tensor, load: Tensor, nowhere: int) -> Tensor:
+    """The fraction of the choices counted in load [E] that are not in kept [T, k]."""
+    return 1 - (kept < nowhere).sum() / load.sum().clamp(min=1)
+
+
+@op(extra=lambda logits, valid: 4 * (3 * logits.numel() // logits.shape[-1] + 1))
+def output_z_loss(logits: Tensor, valid: Tensor) -> Tensor:
+    """Mean squared log-partition of a model's logits [B, S, V] over real tokens, in fp32."""
+    return masked_mean(
+        torch.logsumexp(logits.flatten(0, 1).float(), -1).square(), valid
+    )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moegen.ops.assignment import balanced_assignment
 from moegen.ops.op import op
 
 
@@ -54,21 +55,6 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     ).indices
 
 
-@op(flops=lambda experts, num_experts: 0)
-def position_in_expert(experts: Tensor, num_experts: int) -> Tensor:
-    """How many earlier choices went to the same expert: [T, K] -> [T, K] int64.
-
-    All first choices come before all second choices, each in token order, as capacity is given
-    out. Positions of choices that are routed nowhere (expert num_experts) mean nothing.
-    """
-    by_rank = _keys(experts, num_experts).t()
-    keys, order = torch.sort(by_rank.flatten(), stable=True)
-    starts = torch.nn.functional.pad(_ends(keys, num_experts), (1, 0))  # [E + 1]
-    rank = torch.arange(order.shape[0], device=order.device)
-    position = rank - starts.index_select(0, keys.int())
-    return torch.empty_like(order).scatter_(0, order, position).view(by_rank.shape).t()
-
-
 @op(flops=lambda experts, num_experts, valid: 0)
 def expert_load(experts: Tensor, num_experts: int, valid: Tensor) -> Tensor:
     """Choices per expert, of valid tokens only: [T, K], valid [T] bool -> [E] int64.
@@ -79,3 +65,74 @@ def expert_load(experts: Tensor, num_experts: int, valid: Tensor) -> Tensor:
     counted = valid.unsqueeze(-1).expand(experts.shape).flatten().long()
     load = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
     return load.scatter_add_(0, experts.flatten(), counted)[:num_experts]
+
+
+@op(
+    flops=lambda weights, kept, nowhere, eps: 0,
+    saves=("weights", "out"),
+    extra=lambda weights, kept, nowhere, eps: (
+        weights.shape[0] * weights.dtype.itemsize + weights.numel()
+    ),
+)
+def kept_weights(weights: Tensor, kept: Tensor, nowhere: int, eps: float) -> Tensor:
+    """weights [T, K] over the sum of those whose expert is not `nowhere`; 0 if there is none."""
+    held = weights.masked_fill(kept == nowhere, 0)
+    total = held.sum(-1, keepdim=True) + eps
+    return held / torch.where(total > 0, total, 1)
+
+
+@op(flops=lambda weights, experts, low, high: 0)
+def weight_of_free(weights: Tensor, experts: Tensor, low: int, high: int) -> Tensor:
+    """The sum [T] of the weights [T, K] whose expert is from low up to, not with, high."""
+    free = (experts >= low) & (experts < high)
+    return weights.masked_fill(~free, 0).sum(-1)
+
+
+@op(flops=lambda ranked, slots, group: 0)
+def best_tokens(ranked: Tensor, slots: int, group: int) -> Tensor:
+    """Each expert's best tokens of each group: ranked [E, T] -> [E, G * slots] int64.
+
+    Ties go to the first token; within a group the best come first.
+    """
+    rows = torch.unflatten(ranked, -1, (ranked.shape[-1] // max(group, 1), group))
+    start = torch.arange(rows.shape[1], device=ranked.device) * group
+    return (top_k(rows, slots) + start.unsqueeze(-1)).flatten(1)
+
+
+@op(
+    flops=lambda weights, tokens, num_tokens, count, eps=0.0: 0,
+    saves=lambda weights, tokens, num_tokens, count, eps=0.0: (
+        () if count else ("weights", "tokens")
+    ),
+    extra=lambda weights, tokens, num_tokens, count, eps=0.0: (
+        weights.numel() * weights.dtype.itemsize
+    ),
+)
+def shares_of_token(
+    weights: Tensor, tokens: Tensor, num_tokens: int, count: bool, eps: float = 0.0
+) -> Tensor:
+    """Weights [E, C] of tokens [E, C] over the sum of those of the same token, or their count."""
+    taken = weights.new_zeros(weights.shape[0], num_tokens)
+    taken = taken.scatter(-1, tokens, 1.0 if count else weights)
+    total = taken.sum(0)[tokens] + eps
+    return weights / torch.where(total > 0, total, 1)
+
+
+@op(flops=lambda experts, ends, inner: 0)
+def nested_experts(experts: Tensor, ends: Tensor, inner: int) -> Tensor:
+    """Choices [N, k] among an expert's inner ones as numbers among those of all experts.
+
+    Row i is one of expert e if ends[e - 1] <= i < ends[e]. Rows of no expert and choices of none
+    (from inner on) become E * inner: routed nowhere.
+    """
+    row = torch.arange(experts.shape[0], device=experts.device, dtype=ends.dtype)
+    outer = torch.searchsorted(ends, row, right=True).unsqueeze(-1)
+    nowhere = ends.shape[0] * inner
+    known = (experts < inner) & (outer < ends.shape[0])
+    return torch.where(known, outer * inner + experts, nowhere)
+
+
+@op(effect=True, flops=lambda scores, training: 0)
+def balanced_or_best(scores: Tensor, training: bool) -> Tensor:
+    """An expert for each token, scores [T, E] -> [T, 1]: balanced in training, else its best."""
+    return balanced_assignment(scores) if training else top_k(scores, 1)

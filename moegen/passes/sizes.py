@@ -51,7 +51,12 @@ def prove_sizes(loaded: Loaded[Any]) -> None:
     mode = FakeTensorMode(shape_env=environment)
     shapes = _Watched(mode, environment)
     try:
-        shapes.run(root, "forward", (_symbolic(mode), None))
+        ids = _symbolic(mode)
+        with mode:
+            given = [
+                torch.zeros(ids.shape[0], dtype=torch.int64) for _ in loaded.spec.model.given()
+            ]
+        shapes.run(root, "forward", (ids, None, *given))
     except Fault as fault:
         note = f"traced at {fault.traced_at}"
         raise PlanError(loaded.problem(fault.path, str(fault), note=note)) from fault

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from moegen.arch.routing.routed import Site
 from moegen.graph.builder import Builder
+from moegen.ops.sequences import softmax_over_tokens
 from moegen.spec.element import Kinds
 
 
 class Affinity(Kinds):
-    """A map from logits to scores in [0, 1]."""
+    """A map from logits to scores."""
 
     default_kind: ClassVar[str | None] = "softmax"
     sums_to_one: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
 
-    def scores(self, b: Builder, logits: Any) -> Any:
+    def scores(self, b: Builder, logits: Any, site: Site) -> Any:
         """logits [T, E] to scores [T, E]."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
@@ -24,7 +27,7 @@ class Softmax(Affinity):
 
     kind: Literal["softmax"] = "softmax"
 
-    def scores(self, b: Builder, logits: Any) -> Any:
+    def scores(self, b: Builder, logits: Any, site: Site) -> Any:
         """softmax over experts."""
         return logits.softmax(-1)
 
@@ -35,6 +38,18 @@ class Sigmoid(Affinity):
     kind: Literal["sigmoid"] = "sigmoid"
     sums_to_one: ClassVar[bool] = False
 
-    def scores(self, b: Builder, logits: Any) -> Any:
+    def scores(self, b: Builder, logits: Any, site: Site) -> Any:
         """The logistic function of each logit."""
         return logits.sigmoid()
+
+
+class SoftmaxOverTokens(Affinity):
+    """Tokens compete for each expert: scores of an expert sum to one (Mesh-TF expert selection)."""
+
+    kind: Literal["softmax_over_tokens"] = "softmax_over_tokens"
+    sums_to_one: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+
+    def scores(self, b: Builder, logits: Any, site: Site) -> Any:
+        """softmax over the real tokens of a group."""
+        return softmax_over_tokens(logits, site.valid, site.group)

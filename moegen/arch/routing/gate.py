@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
+from moegen.arch.routing.routed import Scored
 from moegen.graph.builder import Builder
-from moegen.spec.element import Element
+from moegen.ops.routing import kept_weights
+from moegen.spec.element import Element, Path
 
 
 class Gate(Element):
@@ -15,24 +18,53 @@ class Gate(Element):
 
     none: their scores as they are (Switch, V-MoE, DeepSeek-V2). sum: divided by their sum
     (GShard, DeepSeek-V3). softmax_over_kept: a softmax over the chosen logits (Shazeer 2017,
-    Mixtral, gpt-oss); of softmax scores it equals sum in value and gradient.
+    Mixtral, gpt-oss); of softmax scores it equals sum in value and gradient. constant: one each.
+    count: divided by how many experts took the token, where experts choose (Mesh-TF).
     """
 
     shorthand = "normalize"
 
-    normalize: Literal["none", "sum", "softmax_over_kept"] = Field(
+    normalize: Literal["none", "sum", "softmax_over_kept", "constant", "count"] = Field(
         "none", description="how the chosen experts' scores become weights"
+    )
+    power: float = Field(
+        1.0, ge=1, le=100, description="p of the p-norm that sum divides by (MegaBlocks)"
+    )
+    after_drop: bool = Field(
+        False, description="sum counts only what capacity kept (fairseq), not all choices (GShard)"
+    )
+    blend: bool = Field(
+        False, description="the rest of the weight, up to one, goes to the token itself (BASE)"
     )
     scale: float = Field(1.0, gt=0, le=1e6, description="factor on the weights, last")
     eps: float = Field(0.0, ge=0, lt=1, description="added to the sum that sum divides by")
 
-    def weights(self, b: Builder, logits: Any, scores: Any, experts: Any) -> Any:
-        """Weights [T, k] of the chosen experts [T, k], from logits and scores [T, E]."""
+    def rules(self) -> Iterator[tuple[Path, str]]:
+        """Options that belong to sums."""
+        if self.normalize != "sum":
+            for name in ("after_drop", "eps", "power"):
+                if name in self.model_fields_set and getattr(self, name) not in (False, 1.0, 0.0):
+                    yield (name,), f"{name} is for normalize: sum, not {self.normalize}"
+
+    def weights(self, b: Builder, scored: Scored, experts: Any) -> Any:
+        """Weights [T, k] of the chosen experts [T, k]."""
         if self.normalize == "softmax_over_kept":
-            weights = logits.gather(-1, experts).softmax(-1)
+            weights = scored.logits.gather(-1, experts).softmax(-1)
         else:
-            weights = scores.gather(-1, experts)
-        if self.normalize == "sum":
-            total = weights.sum(-1, keepdim=True)
-            weights = weights / (total + self.eps if self.eps else total)
-        return weights * self.scale if self.scale != 1.0 else weights
+            weights = scored.scores.gather(-1, experts)
+        if self.normalize == "constant":
+            weights = weights.new_ones(weights.shape)
+        if self.normalize == "sum" and not self.after_drop:
+            weights = self._shares(weights)
+        return weights * self.scale if self.scale != 1.0 and not self.after_drop else weights
+
+    def over_kept(self, b: Builder, weights: Any, kept: Any, nowhere: int) -> Any:
+        """Weights [T, k] divided by the sum of those that were not refused."""
+        shares = kept_weights(weights, kept, nowhere, self.eps)
+        return shares * self.scale if self.scale != 1.0 else shares
+
+    def _shares(self, weights: Any) -> Any:
+        if self.power != 1.0:
+            return weights / weights.norm(self.power, dim=-1, keepdim=True)
+        total = weights.sum(-1, keepdim=True)
+        return weights / (total + self.eps if self.eps else total)

@@ -8,18 +8,31 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from moegen.arch.routing.ids import TOKEN, IdName
+from moegen.arch.routing.routed import Site
 from moegen.graph.builder import Builder
 from moegen.ops.routing import top_k
+from moegen.ops.scores import partition
+from moegen.ops.tables import visible_experts
 from moegen.spec.element import Kinds, Path
 
 
 class Restriction(Kinds):
-    """Sets the scores of forbidden experts to minus infinity, for selection only."""
+    """Sets forbidden experts to minus infinity.
+
+    on_logits: before scores are made of them, so that the allowed ones' scores sum to one;
+    otherwise for selection only.
+    """
 
     default_kind: ClassVar[str | None] = "groups"
+    on_logits: ClassVar[bool] = False
 
-    def allowed(self, b: Builder, scores: Any) -> Any:
-        """scores [T, E], minus infinity where an expert may not be chosen."""
+    def ids(self) -> tuple[str, ...]:
+        """Names of the ids that it reads."""
+        return ()
+
+    def allowed(self, b: Builder, scores: Any, site: Site) -> Any:
+        """scores or logits [T, E], minus infinity where an expert may not be chosen."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
     def check(self, experts: int, chosen: int) -> Iterator[tuple[Path, str]]:
@@ -52,7 +65,7 @@ class Groups(Restriction):
             sentence = f"{self.keep} x {size} experts are fewer than the {chosen} that are chosen"
             yield ("keep",), sentence
 
-    def allowed(self, b: Builder, scores: Any) -> Any:
+    def allowed(self, b: Builder, scores: Any, site: Site) -> Any:
         """Minus infinity outside the best `keep` groups."""
         grouped = scores.unflatten(-1, (self.groups, -1))
         pair = self.by == "top2_sum"
@@ -60,3 +73,84 @@ class Groups(Restriction):
         best = top_k(rank, self.keep)
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
         return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+class Visible(Restriction):
+    """Each token id sees a few experts, drawn once (MaskMoE, Su et al. 2024, arXiv:2407.09816).
+
+    Rare ids see fewer than frequent ones, so that what little there is of them trains the same
+    expert. Which ids are frequent is Zipf's law's guess, ids being in order of frequency; fill the
+    buffer `visible` by `visible_experts` from your own counts to know it.
+    """
+
+    kind: Literal["visible"] = "visible"
+    on_logits: ClassVar[bool] = True
+    frequent: int = Field(ge=1, description="experts that a frequent id sees")
+    rare: int = Field(1, ge=1, description="experts that a rare id sees")
+    coverage: float = Field(0.8, gt=0, le=1, description="share of text that is frequent ids")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the drawing")
+
+    def ids(self) -> tuple[str, ...]:
+        """The model's own input."""
+        return (TOKEN,)
+
+    def check(self, experts: int, chosen: int) -> Iterator[tuple[Path, str]]:
+        """Every id sees as many as are chosen, and no more than there are."""
+        for name in ("frequent", "rare"):
+            seen = getattr(self, name)
+            if seen > experts:
+                yield (name,), f"{name} is {seen} but there are only {experts} experts"
+            if seen < chosen:
+                yield (name,), f"{name} is {seen}, fewer than the {chosen} that are chosen"
+
+    def allowed(self, b: Builder, scores: Any, site: Site) -> Any:
+        """Minus infinity where the token's id does not see the expert."""
+        size = b.spec.model.vocab_size
+        visible = b.buffer(
+            "visible",
+            *(size, site.choices),
+            make=visible_experts,
+            dtype=torch.bool,
+            persistent=True,
+            ids=size,
+            experts=site.choices,
+            frequent=self.frequent,
+            rare=self.rare,
+            coverage=self.coverage,
+            seed=self.seed,
+        )
+        return scores.masked_fill(~visible[site.ids[TOKEN]], float("-inf"))
+
+
+class Partition(Restriction):
+    """Each id has experts of its own, such as those of images and those of text."""
+
+    kind: Literal["partition"] = "partition"
+    on_logits: ClassVar[bool] = True
+    id: IdName = Field(description="name of the ids that forward is given, e.g. modality")
+    experts: tuple[int, ...] = Field(min_length=1, description="experts of id 0, of id 1, ...")
+
+    def ids(self) -> tuple[str, ...]:
+        """The one it is named after."""
+        return (self.id,)
+
+    def check(self, experts: int, chosen: int) -> Iterator[tuple[Path, str]]:
+        """The parts make up the whole, and each offers enough."""
+        for index, size in enumerate(self.experts):
+            if size < max(chosen, 1):
+                sentence = f"{size} experts are fewer than the {chosen} that are chosen"
+                yield ("experts", index), sentence
+        if sum(self.experts) != experts:
+            yield ("experts",), f"the parts have {sum(self.experts)} experts, the layer {experts}"
+
+    def allowed(self, b: Builder, scores: Any, site: Site) -> Any:
+        """Minus infinity outside the id's own experts."""
+        parts = len(self.experts)
+        own = b.buffer(
+            "own_experts",
+            *(parts, site.choices),
+            make=partition,
+            dtype=torch.bool,
+            sizes=self.experts,
+        )
+        return scores.masked_fill(~own[site.ids[self.id]], float("-inf"))

@@ -1,24 +1,25 @@
-"""The router: noise, score, affinity, restriction, selection and gate, in a token's order."""
+"""The router: input, noise, score, affinity, restriction, selection and gate, in this order."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
 from moegen.arch.routing.affinity import Affinity, Softmax
 from moegen.arch.routing.gate import Gate
+from moegen.arch.routing.ids import IdName
+from moegen.arch.routing.inputs import RouterInput, TokenInput
 from moegen.arch.routing.noise import Noise
 from moegen.arch.routing.restrict import Restriction
-from moegen.arch.routing.routed import Scored
+from moegen.arch.routing.routed import Scored, Site
 from moegen.arch.routing.score import LinearScore, Score
-from moegen.arch.routing.select import Selection, TopK
+from moegen.arch.routing.select import Selection
+from moegen.arch.routing.token_choice import TopK
 from moegen.graph.builder import Builder
-from moegen.spec.element import Element, OneOf
-
-if TYPE_CHECKING:
-    from moegen.arch.moe import MoE
+from moegen.spec.element import Element, OneOf, Path
 
 
 class BalanceBias(Element):
@@ -32,9 +33,20 @@ class BalanceBias(Element):
     rate: float = Field(0.001, ge=0, le=1, description="how far the bias moves in a step")
 
 
+class Gates(Element):
+    """Router weights of their own for each id, such as a task (MMoE 2018, Mod-Squad 2023)."""
+
+    id: IdName = Field(description="name of the ids that forward is given, e.g. task")
+    count: int = Field(ge=1, le=10**6, description="how many ids, so how many gates, there are")
+
+
 class Router(Element):
     """How tokens find experts. Each part is a choice of its own."""
 
+    input: Annotated[RouterInput, OneOf(RouterInput)] = Field(
+        TokenInput(), description="what is scored: the token, its sentence, or an id"
+    )
+    gates: Gates | None = Field(None, description="one set of router weights for each id")
     score: Annotated[Score, OneOf(Score)] = Field(
         LinearScore(), description="logits of experts for tokens"
     )
@@ -53,28 +65,93 @@ class Router(Element):
     select: Annotated[Selection, OneOf(Selection)] = Field(TopK(), description="who chooses whom")
     gate: Gate = Field(Gate(), description="weights of the chosen experts")
 
-    def scored(self, b: Builder, moe: MoE, tokens: Any, valid: Any, shape: Any) -> Scored:
-        """Logits and scores of tokens [T, d]."""
-        seen = tokens
-        noise = self.noise if valid is not None else None
-        if noise:
-            seen = b.inline(noise, "on_input", seen, path=("router", "noise"))
-        logits = b.inline(self.score, "logits", seen, moe.num_experts, path=("router", "score"))
-        if noise:
-            logits = b.inline(noise, "on_logits", logits, path=("router", "noise"))
-        scores = b.inline(self.affinity, "scores", logits, path=("router", "affinity"))
-        return Scored(tokens, logits, scores, valid, shape)
+    def rules(self) -> Iterator[tuple[Path, str]]:
+        """What parts need of each other."""
+        score, select, gate = self.score, self.select, self.gate
+        if self.gates and not score.per_site:
+            yield ("gates",), f"gates are for a linear score, not {score.kind}"
+        if not score.learned:
+            for name in ("noise", "balance_bias", "gates"):
+                if getattr(self, name):
+                    yield (name,), f"a {score.kind} leaves nothing to choose, so {name} has no use"
+            if not select.tokens_choose or select.chosen(1, 2) > 1:
+                yield ("select",), f"a {score.kind} names one expert a token; select top_k with k 1"
+        if gate.normalize == "softmax_over_kept" and not self.affinity.sums_to_one:
+            sentence = f"softmax_over_kept leaves no use for affinity {self.affinity.kind}"
+            yield ("gate",), sentence
+        yield from self._side()
 
-    def ranked(self, b: Builder, moe: MoE, scored: Scored) -> Any:
-        """What selection goes by: scores, biased, minus infinity where forbidden."""
-        ranked = scored.scores
+    def _side(self) -> Iterator[tuple[Path, str]]:
+        """What belongs to tokens that choose, and what to experts that do."""
+        kind, gate = self.select.kind, self.gate
+        if self.select.tokens_choose:
+            if gate.normalize == "count":
+                yield ("gate",), f"count is for experts that choose, not for {kind}"
+            if self.affinity.kind == "softmax_over_tokens":
+                yield ("affinity",), f"softmax_over_tokens is for experts that choose, not {kind}"
+            return
+        if gate.normalize not in ("none", "count", "sum"):
+            yield ("gate",), f"under {kind} gates are the scores, so not {gate.normalize}"
+        for name in ("after_drop", "blend"):
+            if getattr(gate, name):
+                yield ("gate", name), f"{name} is for tokens that choose, not for {kind}"
+        if gate.power != 1.0:
+            yield ("gate", "power"), f"power is for tokens that choose, not for {kind}"
+        names = ["balance_bias", "restrict"]
+        if kind == "soft":
+            names += ["noise"] if self.noise and self.noise.selection_only else []
+            if gate != Gate():
+                yield ("gate",), "soft weighs slots by a softmax of their own"
+            if self.affinity.kind != "softmax":
+                yield ("affinity",), "soft weighs slots by a softmax"
+        for name in names:
+            if getattr(self, name):
+                yield (name,), f"{name} is for tokens that choose, not for {kind}"
+
+    def ids(self) -> tuple[str, ...]:
+        """Names of the ids that its parts read, each once."""
+        names = [*self.input.ids(), *self.score.ids()]
+        names += [self.gates.id] if self.gates else []
+        names += self.restrict.ids() if self.restrict else ()
+        return tuple(dict.fromkeys(names))
+
+    def scored(self, b: Builder, tokens: Any, site: Site, at: Path = ()) -> Scored:
+        """Logits and scores of tokens [T, d], for a router at a place below the layer's."""
+        at = (*at, "router")
+        noise = self.noise if site.valid is not None else None
+        seen = b.inline(self.input, "seen", tokens, site, path=(*at, "input"))
+        if noise:
+            seen = b.inline(noise, "on_input", seen, path=(*at, "noise"))
+        clean = b.inline(self.score, "logits", seen, site, path=(*at, "score"))
+        if self.restrict and self.restrict.on_logits:
+            clean = self._allowed(b, clean, site)
+        logits = noisy = clean
+        deviation = None
+        if noise:
+            path = (*at, "noise")
+            noisy, deviation = b.inline(noise, "on_logits", clean, seen, site, path=path)
+            logits = clean if noise.selection_only else noisy
+        scores = b.inline(self.affinity, "scores", logits, site, path=(*at, "affinity"))
+        ranked = scores
+        if noisy is not logits:
+            ranked = b.inline(self.affinity, "scores", noisy, site, path=(*at, "affinity"))
         if self.balance_bias:
-            ranked = ranked + self.bias(b, moe)
+            ranked = ranked + self.bias(b, site.choices)
         if self.restrict:
-            ranked = b.inline(self.restrict, "allowed", ranked, path=("router", "restrict"))
-        return ranked
+            ranked = self._ranked(b, ranked, clean, site)
+        return Scored(tokens, clean, logits, scores, ranked, deviation, site)
 
-    def bias(self, b: Builder, moe: MoE) -> Any:
+    def bias(self, b: Builder, choices: int) -> Any:
         """The balance bias, a buffer [E] that checkpoints hold."""
-        size = (moe.num_experts,)
+        size = (choices,)
         return b.buffer("balance_bias", *size, make=torch.zeros, persistent=True, size=size)
+
+    def _allowed(self, b: Builder, values: Any, site: Site) -> Any:
+        assert self.restrict is not None
+        return b.inline(self.restrict, "allowed", values, site, path=("router", "restrict"))
+
+    def _ranked(self, b: Builder, ranked: Any, clean: Any, site: Site) -> Any:
+        """Forbidden experts last; scores of forbidden logits are zero, which a bias could lift."""
+        if self.restrict is None or not self.restrict.on_logits:
+            return self._allowed(b, ranked, site)
+        return ranked.masked_fill(clean == float("-inf"), float("-inf"))

@@ -1,0 +1,110 @@
+"""Losses of variation: importance and load (Shazeer et al. 2017, V-MoE 2021), and the z-loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
+from moegen.graph.builder import Builder
+from moegen.ops.importance import (
+    cv_squared,
+    dense_gates,
+    nested_importance,
+    nested_load,
+    sum_of_real,
+    top_k_probability,
+)
+from moegen.ops.losses import z_loss
+from moegen.spec.element import Path
+
+if TYPE_CHECKING:
+    from moegen.arch.moe import MoE
+
+
+class _Variation(AuxiliaryLoss):
+    """The squared coefficient of variation of something of every expert."""
+
+    unbiased: bool = Field(
+        False, description="variance over E - 1 (FastMoE, Tutel, Mod-Squad), not over E"
+    )
+
+
+class ImportanceLoss(_Variation):
+    """CV^2 of each expert's sum of gates (Shazeer et al. 2017), or of clean scores (V-MoE)."""
+
+    kind: Literal["importance"] = "importance"
+    of: Literal["gates", "scores"] = Field(
+        "gates", description="gates of the chosen; or scores of all, without noise"
+    )
+
+    def of_layer(self, b: Builder, outcome: Outcome) -> Any:
+        """The loss of this layer; of the experts inside experts if there are any."""
+        scored, routed, inside = outcome.scored, outcome.routed, outcome.inside
+        if inside is not None:
+            inner = dense_gates(
+                inside.routed.weights, inside.routed.choices, inside.scored.scores.shape[-1]
+            )
+            sums = nested_importance(inside.outer, inner, inside.ends)
+            return cv_squared(sums, self.unbiased)
+        if self.of == "gates":
+            gates = dense_gates(routed.weights, routed.choices, outcome.moe.num_choices)
+        else:
+            path = ("router", "affinity")
+            affinity = outcome.moe.router.affinity
+            gates = b.inline(affinity, "scores", scored.clean, scored.site, path=path)
+        return cv_squared(sum_of_real(gates, scored.valid), self.unbiased)
+
+
+class LoadLoss(_Variation):
+    """CV^2 of each expert's chance to be chosen if only its own noise were drawn again.
+
+    threshold excluding: against the k-th best of the other experts (Shazeer et al. 2017);
+    kth: against the k-th best of all (V-MoE 2021). In evaluation chances are certainties.
+    """
+
+    kind: Literal["load"] = "load"
+    threshold: Literal["excluding", "kth"] = Field(
+        "excluding", description="what an expert's logit must exceed"
+    )
+
+    def check(self, moe: MoE) -> Iterator[tuple[Path, str]]:
+        """Normal noise, in every router whose choices are counted."""
+        yield from super().check(moe)
+        routers = [moe.router]
+        routers += [moe.experts.nested.router] if moe.experts.nested else []
+        for router in routers:
+            noise = router.noise
+            if noise is None or noise.kind not in ("gaussian", "learned") or noise.selection_only:
+                yield (), "load needs noise gaussian or learned that gates see too"
+
+    def of_layer(self, b: Builder, outcome: Outcome) -> Any:
+        """The loss of this layer; of the experts inside experts if there are any."""
+        load = self._load(b, outcome.scored, outcome.routed)
+        inside = outcome.inside
+        if inside is not None:
+            inner = self._chances(b, inside.scored, inside.routed)
+            load = nested_load(load, inner, inside.ends, inside.scored.valid)
+        return cv_squared(load, self.unbiased)
+
+    def _load(self, b: Builder, scored: Any, routed: Any) -> Any:
+        return sum_of_real(self._chances(b, scored, routed), scored.valid)
+
+    def _chances(self, b: Builder, scored: Any, routed: Any) -> Any:
+        k = routed.choices.shape[-1]
+        excluding = self.threshold == "excluding"
+        noisy, deviation = scored.logits, scored.deviation
+        return top_k_probability(scored.clean, noisy, deviation, k, excluding, b.training)
+
+
+class ZLoss(AuxiliaryLoss):
+    """mean LSE(logits)^2, which keeps router logits small (ST-MoE, Zoph et al. 2022)."""
+
+    kind: Literal["z"] = "z"
+    needs_choices: ClassVar[bool] = False
+
+    def of_layer(self, b: Builder, outcome: Outcome) -> Any:
+        """The loss of this layer's logits."""
+        return z_loss(outcome.scored.logits, outcome.scored.valid)

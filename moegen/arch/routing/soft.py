@@ -1,0 +1,72 @@
+"""Soft mixtures: experts compute on averages of tokens, and nothing is chosen or dropped."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from moegen.arch.routing.routed import Mixture, Routed, Scored
+from moegen.arch.routing.select import Selection
+from moegen.graph.builder import Builder
+from moegen.ops.sequences import softmax_over_tokens
+
+
+class Soft(Selection):
+    """Each slot of an expert is an average of a sequence's tokens, each output one of slots.
+
+    Soft MoE (Puigcerver et al. 2024, arXiv:2308.00951). Every output depends on all tokens of its
+    sequence, so it is not causal.
+    """
+
+    shorthand = "slots"
+
+    kind: Literal["soft"] = "soft"
+    causal: ClassVar[bool] = False
+    tokens_choose: ClassVar[bool] = False
+    takes_groups: ClassVar[tuple[str, ...]] = ("sequence",)
+    slots: int = Field(1, ge=1, le=10**6, description="slots of each expert for a sequence")
+
+    def logits(self, experts: int) -> int:
+        """One for each slot."""
+        return experts * self.slots
+
+    def active(self, moe: Mixture) -> Fraction:
+        """Every token has a share in every slot, of every expert."""
+        return Fraction(1)
+
+    def route(self, b: Builder, moe: Mixture, scored: Scored) -> Routed:
+        """Slots are averages by softmax over tokens, outputs by softmax over slots."""
+        site, experts = scored.site, moe.num_experts
+        batch, length = site.sequences
+        dispatch = softmax_over_tokens(scored.logits, site.valid, length)
+        dispatch = torch.unflatten(dispatch, 0, (batch, length)).transpose(
+            1, 2
+        )  # [B, E * slots, S]
+        shares = scored.scores.unflatten(0, (batch, length))
+        load, dropped = None, None
+        if site.valid is not None:
+            held = torch.ones(experts, dtype=torch.int64, device=shares.device)
+            load = held * (batch * self.slots)
+            dropped = torch.zeros((), device=shares.device)
+        counts = torch.arange(1, experts + 1, dtype=torch.int32, device=shares.device)
+
+        def rows(tokens: Any) -> Any:
+            slots = dispatch.to(tokens.dtype) @ tokens.unflatten(0, (batch, length))
+            by_expert = slots.unflatten(1, (experts, self.slots)).transpose(0, 1)
+            return by_expert.flatten(0, 2)
+
+        def restore(rows: Any) -> Any:
+            by_expert = rows.unflatten(0, (experts, batch, self.slots))
+            slots = by_expert.transpose(0, 1).flatten(1, 2)  # [B, E * slots, d]
+            return (shares.to(slots.dtype) @ slots).flatten(0, 1)
+
+        return Routed(
+            rows=rows,
+            ends=counts * (batch * self.slots),
+            restore=restore,
+            load=load,
+            dropped=dropped,
+        )
