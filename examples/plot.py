@@ -27,11 +27,10 @@ def save_plot(history: History, place: Path) -> Path | None:
     losses.axhline(history.unigram, color="gray", linestyle="--", label="frequencies of bytes")
     losses.set(xlabel="step", ylabel="nats/byte", ylim=(0, None))
     losses.legend()
-    for layer in range(len(history.steps[0].loads)):
-        ratios = [
-            float(s.loads[layer].max() / s.loads[layer].float().mean()) for s in history.steps
-        ]
-        loads.plot(numbers, smoothed(ratios), label=f"routed layer {layer + 1}")
+    routing = history.routing.history()
+    for layer in routing.layers:
+        ratios = [ratio or 0.0 for ratio in layer.statistics["max_over_mean"]]
+        loads.plot(routing.steps, smoothed(ratios), label=f"layer {layer.name}")
     loads.set(xlabel="step", ylabel="busiest expert's load over the mean", ylim=(1, None))
     loads.legend()
     figure.savefig(place, dpi=120)

@@ -30,6 +30,7 @@ from examples.corpus import Corpus, standard_library
 from examples.plot import save_plot
 from examples.training import Step, held_out_loss, optimizer, share_of_rate, train_step
 from moegen.api import import_package
+from moegen.observe import Recorder
 
 PROMPT = "def "
 REPORTS = 8  # lines printed over a training
@@ -54,6 +55,7 @@ class Options:
 class History:
     """What happened, for the plot and the record."""
 
+    routing: Recorder
     steps: list[Step] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     unigram: float = math.nan
@@ -70,7 +72,7 @@ def run(options: Options, console: Console) -> History:
         f"text: {corpus.files} files of Python's standard library; {len(corpus.train):,} bytes "
         f"to train on, {len(corpus.held_out):,} of other files held out\n"
     )
-    history = History()
+    history = History(Recorder(model.routed_layers(), most=2000))
     exam = corpus.examination(options.examined, options.sequence)
     history.unigram = corpus.unigram_loss(exam)
     train(model, corpus, exam, options, history, console)
@@ -117,9 +119,10 @@ def train(
         task = progress.add_task("", total=1.0)
         while done < 1:
             ids = corpus.batch(options.batch, options.sequence, draw)
-            step = train_step(model, adam, ids, options.rate * share_of_rate(done))
+            number, rate = len(history.steps) + 1, options.rate * share_of_rate(done)
+            step = train_step(model, adam, ids, rate, history.routing, number)
             history.steps.append(step)
-            number, seconds = len(history.steps), time.perf_counter() - started
+            seconds = time.perf_counter() - started
             done = max(number / options.steps, seconds / limit)
             line = describe(number, step, number * ids.numel() / seconds)
             progress.update(task, completed=done, description=line)
@@ -127,6 +130,7 @@ def train(
                 if number > 1:
                     history.held_out.append((number, held_out_loss(model, exam)))
                 progress.console.print(f"{line}  held-out {history.held_out[-1][1]:.3f}")
+                history.routing.show(progress.console)
                 next_report = (math.floor(done * REPORTS) + 1) / REPORTS
     history.seconds = time.perf_counter() - started
     if history.held_out[-1][0] != len(history.steps):
@@ -136,10 +140,7 @@ def train(
 def describe(number: int, step: Step, speed: float) -> str:
     """One step in a line."""
     auxiliary = "  ".join(f"{name} {value:.4f}" for name, value in step.auxiliary.items())
-    return (
-        f"step {number:4d}  loss {step.loss:.3f}  {speed:6,.0f} tokens/s  "
-        f"load max/mean {step.imbalance:4.2f}  dropped {step.dropped:.0%}  {auxiliary}"
-    )
+    return f"step {number:4d}  loss {step.loss:.3f}  {speed:6,.0f} tokens/s  {auxiliary}"
 
 
 def report(history: History, console: Console) -> None:
@@ -193,11 +194,13 @@ def leave(
         "seconds": history.seconds,
     }
     (folder / "losses.json").write_text(json.dumps(record, indent=2) + "\n")
+    page = history.routing.to_html(folder / "routing.html", "Experts of the demo")
     plot = save_plot(history, folder / "training.png")
     console.print("\nleft behind")
     console.print(f"  {Path(package.__file__).parent}/  the generated package")
     console.print(f"  {weights}  the trained weights, read back and found equal")
     console.print(f"  {folder / 'losses.json'}  every loss")
+    console.print(f"  {page}  experts' loads, step by step")
     if plot:
         console.print(f"  {plot}  losses and experts' loads")
 

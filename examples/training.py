@@ -1,14 +1,16 @@
-"""Training of an emitted model: optimizer, schedule, one step, and what the experts did in it."""
+"""Training of an emitted model: optimizer, schedule, and one step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moegen.observe import Recorder
 
 DECAY = 0.1
 BETAS = (0.9, 0.95)
@@ -19,18 +21,11 @@ FLOOR = 0.05  # of the peak learning rate, at the end
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did: loss in nats a byte, auxiliary losses, gradient norm, experts' loads."""
+    """What one step did: loss in nats a byte, auxiliary losses, gradient norm."""
 
     loss: float
     auxiliary: Mapping[str, float]
     norm: float
-    loads: list[Tensor]  # [E] of every routed layer
-    dropped: float  # fraction of choices, mean over layers
-
-    @property
-    def imbalance(self) -> float:
-        """The load of the busiest expert over the mean load, averaged over layers; 1 is even."""
-        return sum(float(load.max() / load.float().mean()) for load in self.loads) / len(self.loads)
 
 
 def optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
@@ -57,8 +52,15 @@ def share_of_rate(done: float) -> float:
     return FLOOR + (1 - FLOOR) * turned
 
 
-def train_step(model: Any, adam: torch.optim.Optimizer, ids: Tensor, rate: float) -> Step:
-    """One step on sequences ids [B, S] at a learning rate."""
+def train_step(
+    model: Any,
+    adam: torch.optim.Optimizer,
+    ids: Tensor,
+    rate: float,
+    recorder: Recorder,
+    number: int,
+) -> Step:
+    """Step `number` on sequences ids [B, S] at a learning rate; its routing is recorded."""
     for group in adam.param_groups:
         group["lr"] = rate
     total, output = model.training_loss(ids)
@@ -68,14 +70,9 @@ def train_step(model: Any, adam: torch.optim.Optimizer, ids: Tensor, rate: float
     adam.step()
     if hasattr(model, "update_balance"):
         model.update_balance(output.routing)  # the bias of busy experts falls, of idle ones rises
+    recorder.record(number, output.routing, losses=output.losses, loss=total)
     auxiliary = {name: value.item() for name, value in output.losses.items()}
-    return Step(
-        loss=total.item() - sum(auxiliary.values()),
-        auxiliary=auxiliary,
-        norm=float(norm),
-        loads=[record.load for record in output.routing],
-        dropped=_mean(float(record.dropped) for record in output.routing),
-    )
+    return Step(total.item() - sum(auxiliary.values()), auxiliary, float(norm))
 
 
 @torch.no_grad()
@@ -86,8 +83,3 @@ def held_out_loss(model: Any, ids: Tensor, at_once: int = 16) -> float:
     losses = [float(model.loss(model(part).logits, part)) * len(part) for part in parts]
     model.train()
     return sum(losses) / len(ids)
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)

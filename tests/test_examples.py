@@ -13,8 +13,9 @@ from rich.console import Console
 
 import moegen
 from examples import corpus, sweep, train_tiny
-from examples.training import Step, optimizer, share_of_rate
+from examples.training import optimizer, share_of_rate
 from moegen.api import import_package
+from moegen.observe import Recorder
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--steps", "6", "--batch", "2", "--sequence", "32", "--examined", "4", "--minutes", "0"]
@@ -38,6 +39,8 @@ def test_demo(
     assert len(record["steps"]) == 6
     assert record["held_out"][0][1] == pytest.approx(math.log(256), abs=0.1)
     assert record["held_out"][-1][1] < record["held_out"][0][1] - 0.5
+    assert re.search(r"step 6: loss .*\nlayer .*unused .*\n.*\n1 ", out)
+    assert "<title>Experts of the demo</title>" in (tmp_path / "demo/routing.html").read_text()
     assert (tmp_path / "demo/training.png").stat().st_size > 10_000
     assert moegen.check(tmp_path / "tiny") == []
     again = train_tiny.parsed([*OPTIONS, "--out", str(tmp_path / "again")])
@@ -53,7 +56,7 @@ def test_demo_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_demo_stops_when_its_time_is_up(text: corpus.Corpus) -> None:
     options = train_tiny.Options(steps=10**6, minutes=0.02, batch=2, sequence=16)
     model = moegen.module(ROOT / "specs/tiny.yaml").Model()
-    history = train_tiny.History()
+    history = train_tiny.History(Recorder())
     exam = text.examination(2, 16)
     train_tiny.train(model, text, exam, options, history, Console(quiet=True))
     assert 0 < len(history.steps) < 1000
@@ -90,12 +93,6 @@ def test_schedule_warms_up_and_cools_down() -> None:
     assert shares[: top + 1] == sorted(shares[: top + 1])
     assert shares[top:] == sorted(shares[top:], reverse=True)
     assert shares[-1] == pytest.approx(0.05)
-
-
-def test_imbalance_is_one_if_even() -> None:
-    even = Step(0.0, {}, 0.0, [torch.tensor([5, 5]), torch.tensor([3, 3])], 0.0)
-    assert even.imbalance == 1
-    assert Step(0.0, {}, 0.0, [torch.tensor([0, 8])], 0.0).imbalance == 2
 
 
 def python(*command: str | Path, folder: Path = ROOT) -> str:

@@ -80,7 +80,7 @@ def test_a_disk_that_fails_leaves_no_half_written_file(
     write(made, tmp_path, force=False)
     before = {p.name: p.read_text() for p in tmp_path.iterdir()}
     other = package(moegen.plan(SPECS["gpt-oss-like"], sequence=8), backend("eager"))
-    real, count = writing._write, 0
+    real, count = writing.put, 0
 
     def failing(place: Path, text: str) -> bool:
         nonlocal count
@@ -89,14 +89,14 @@ def test_a_disk_that_fails_leaves_no_half_written_file(
             raise OSError(28, "No space left on device")
         return real(place, text)
 
-    monkeypatch.setattr(writing, "_write", failing)
+    monkeypatch.setattr(writing, "put", failing)
     with pytest.raises(PackageError, match="No space left on device"):
         write(other, tmp_path, force=False)
     for place in tmp_path.iterdir():
         assert place.read_text() in (before[place.name], other.files[place.name])
     # plan.json is last, so what it tells is still the old package.
     assert (tmp_path / "plan.json").read_text() == before["plan.json"]
-    monkeypatch.setattr(writing, "_write", real)
+    monkeypatch.setattr(writing, "put", real)
     write(other, tmp_path, force=False)  # and the next try goes through
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict(other.files)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from moegen.emit.files import put
 from moegen.emit.package import Package
 from moegen.errors import PackageError, Problem
 
@@ -26,7 +25,7 @@ def write(package: Package, folder: Path, *, force: bool) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         order = sorted(package.files, key=lambda name: (name == "plan.json", name))
         stale = _recorded(folder).keys() - package.files.keys()
-        changed = [name for name in order if _write(folder / name, package.files[name])]
+        changed = [name for name in order if put(folder / name, package.files[name])]
         for name in sorted(stale):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
@@ -46,23 +45,6 @@ def differences(folder: Path, rebuild: Callable[[Path, str], Package]) -> list[s
         elif place.read_text(encoding="utf-8") != text:
             out.append(f"{name} differs from what the spec gives")
     return out
-
-
-def _write(place: Path, text: str) -> bool:
-    """Put a file in place in one step; whether it changed."""
-    ordinary = place.is_file() and not place.is_symlink()
-    if ordinary and place.read_bytes() == text.encode():
-        return False
-    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(place)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return True
 
 
 def _refuse_foreign(folder: Path) -> None:

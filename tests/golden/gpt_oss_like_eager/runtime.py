@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -112,6 +113,55 @@ class LanguageModel(nn.Module):
     def num_parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters())
+
+    def routed_layers(self) -> list[int]:
+        """The layers that are routed, counted from 0, in the order of Output's routing."""
+        return [i for i, layer in enumerate(self.layers) if hasattr(layer, "moe")]
+
+    @staticmethod
+    def statistics(routing: Iterable[Any]) -> list[dict[str, Tensor]]:
+        """Scalars [] of every routed layer from an Output's routing.
+
+        Those of `load_statistics`, dropped (fraction of choices), and router_entropy
+        (nats, mean over real tokens) where the model has it. None leaves the device.
+        """
+        layers = []
+        for record in routing:
+            values = {
+                **load_statistics(record.load),
+                "dropped": record.dropped.detach(),
+            }
+            entropy = getattr(record, "entropy", None)
+            if entropy is not None:
+                values["router_entropy"] = entropy.detach()
+            layers.append(values)
+        return layers
+
+
+def load_statistics(load: Tensor) -> dict[str, Tensor]:
+    """How evenly load [..., E], tokens or choices of each expert, is spread: values [...].
+
+    max_over_mean and min_over_mean: the busiest and the idlest expert's load over the
+    mean load; both are 1 if it is even. cv2: population variance over squared mean.
+    normalised_entropy: of the shares of load, over ln E; 1 if even, as one expert always
+    is. unused: experts without a token. Without any load all but unused are 0. Nothing
+    leaves the device.
+    """
+    load = load.detach().to(torch.promote_types(load.dtype, torch.float32))
+    experts = load.shape[-1]
+    total = load.sum(-1, keepdim=True)
+    shares = load / total.where(total > 0, 1)
+    ratios = shares * experts
+    entropy = torch.special.entr(shares).sum(-1)  # 0 ln 0 is 0
+    return {
+        "max_over_mean": ratios.amax(-1),
+        "min_over_mean": ratios.amin(-1),
+        "cv2": ratios.var(-1, correction=0),
+        "normalised_entropy": (
+            entropy / math.log(experts) if experts > 1 else ratios[..., 0]
+        ),
+        "unused": (load == 0).sum(-1),
+    }
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
