@@ -725,7 +725,7 @@ def started(**rest: Any) -> Any:
 
 
 def test_parameters_start_normal_as_the_spec_says() -> None:
-    init = {"std": 0.05, "embedding_std": 0.5, "router_std": 0.2}
+    init = {"std": 0.05, "embedding": {"std": 0.5}, "router": {"std": 0.2}}
     model = started(init=init, model={"norm": {"kind": "layer"}})
     layer = model.layers[0]
     for tensor, std in (

@@ -37,6 +37,11 @@ class Window(Element):
     placement: Placement = Field(Placement(), description="the layers that have the window")
     rope: Rope | None = Field(None, description="another rotary embedding for these layers")
 
+    def rules(self) -> Iterator[tuple[Path, str]]:
+        """A window is on layers that are there."""
+        if self.placement.insert:
+            yield ("placement", "insert"), "insert adds routed layers, not windows"
+
 
 class Attention(Kinds, Layer):
     """How positions exchange information. Programs: forward, step (with cache), new_cache."""

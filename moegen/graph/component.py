@@ -8,8 +8,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from moegen.ops.op import OPS
 from moegen.spec.element import Path
 
 if TYPE_CHECKING:
@@ -18,10 +19,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts: a function of `torch.nn.init` and its keyword arguments."""
+    """How a parameter starts: an op, or a function of `torch.nn.init`, and keyword arguments.
+
+    identical: only the first matrix of a stack is drawn, and the others are copies of it.
+    """
 
     function: str
     arguments: tuple[tuple[str, float], ...] = ()
+    identical: bool = False
+
+    def start(self, weight: Tensor) -> None:
+        """Fill a parameter as emitted models do."""
+        op = OPS.get(self.function)
+        fill = op.reference if op else getattr(nn.init, self.function)
+        fill(weight[0] if self.identical else weight, **dict(self.arguments))
+        if self.identical:
+            weight[1:] = weight[0]
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,17 @@ class Executable(nn.Module):
         for name, child in component.children.items():
             attach(self, name, Executable(child, device))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every parameter and make every buffer, in the order of emitted models."""
+        children = self.component.children
+        for name in sorted(children, key=lambda name: "." in name):  # stacks come last
+            operator.attrgetter(name)(self).reset_parameters()
+        for name, weight in self.component.weights.items():
+            weight.init.start(getattr(self, name))
+        for name, made in self.component.buffers.items():
+            getattr(self, name).copy_(made.make(**dict(made.arguments)))
+
     def forward(self, *inputs: Any, program: str = "forward") -> Any:
         """Run one of the component's programs."""
 
