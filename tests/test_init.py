@@ -197,6 +197,23 @@ def test_noise_starts_as_the_router_unless_said() -> None:
     assert apart.of((8, 64), "router", "router") == normal(0.1)
 
 
+def test_names_of_several_of_a_kind_tell_what_they_are() -> None:
+    rules = Initialization.model_validate(
+        {
+            "kind": "orthogonal",
+            "embedding": {"kind": "normal", "std": 0.5},
+            "router": {"kind": "normal", "std": 0.1},
+            "noise": "zeros",
+            "experts": {"last": "zeros"},
+        }
+    )
+    assert rules.of((4, 8, 64), "routed_experts", "down_2") == ZEROS
+    assert dict(rules.of((4, 8, 64), "routed_experts", "gate_up_2").arguments) == {"parts": 2}
+    assert rules.of((4, 2, 64), "router", "inner_noise") == ZEROS
+    assert rules.of((4, 2, 64), "router", "inner_router") == normal(0.1)
+    assert rules.of((4, 64), "router", "task_embedding") == normal(0.5)
+
+
 def test_base_starts_as_the_identity() -> None:
     layer = one({"router": {"kind": "orthogonal", "gain": 0.1}, "experts": {"last": "zeros"}})
     assert not layer.down.any()

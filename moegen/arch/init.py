@@ -82,7 +82,7 @@ class Initialization(Start):
     """
 
     kind: Kind = Field("normal", description=Start.model_fields["kind"].description)
-    embedding: Start | None = Field(None, description="for the embedding, and a tied head")
+    embedding: Start | None = Field(None, description="for embeddings, and a tied head")
     head: Start | None = Field(None, description="for the head")
     attention: Start | None = Field(None, description="for attention")
     dense: Start | None = Field(None, description="for dense feed-forward networks")
@@ -109,7 +109,8 @@ class Initialization(Start):
             key: next((v for r in rules if (v := getattr(r, key)) is not None), default)
             for key, default in DEFAULTS.items()
         }
-        start = _drawn(str(rules[-1].kind), shape, 2 if name == "gate_up" else 1, **said)
+        parts = 2 if name.startswith("gate_up") else 1
+        start = _drawn(str(rules[-1].kind), shape, parts, **said)
         same = role == "routed_experts" and self.experts is not None and self.experts.identical
         return replace(start, identical=True) if same and start != ZEROS else start
 
@@ -170,6 +171,8 @@ def _path(role: str, name: str) -> Path:
     words = name.split("_")
     if part == "router" and "noise" in words:
         return ("noise",)
+    if part == "router" and "embedding" in words:
+        return ("embedding",)
     if part == "experts" and "down" in words:
         return ("experts", "last")
     return (part,) if part in _PARTS else ()
