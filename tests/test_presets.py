@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preset_specs import tiny_over
 from pydantic import Field
 
 import moegen
@@ -353,12 +354,6 @@ def test_shipped_presets_say_what_they_are(section: str, name: str):
     assert told.title
     assert told.year is None or 1980 < told.year < 2100
     assert presets.read(section, name).data
-
-
-def tiny_over(name: str) -> dict[str, Any]:
-    moe = {"preset": name, "experts": {"count": 16, "width": 32}}
-    shape = {"vocab_size": 256, "d_model": 64, "layers": 4, "max_sequence": 64, "ffn": 128}
-    return {"name": "x", "model": {**shape, "attention": {"heads": 4}, "moe": moe}}
 
 
 @pytest.mark.parametrize("name", presets.names("moe"))
