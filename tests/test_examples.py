@@ -39,7 +39,7 @@ def test_demo(
     assert len(record["steps"]) == 6
     assert record["held_out"][0][1] == pytest.approx(math.log(256), abs=0.1)
     assert record["held_out"][-1][1] < record["held_out"][0][1] - 0.5
-    assert re.search(r"step 6: loss .*\nlayer .*unused .*\n.*\n1 ", out)
+    assert re.search(r"step 6: loss .*\n.*\nlayer .*unused .*\n.*\n1 ", out)
     assert "<title>Experts of the demo</title>" in (tmp_path / "demo/routing.html").read_text()
     assert (tmp_path / "demo/training.png").stat().st_size > 10_000
     assert moegen.check(tmp_path / "tiny") == []

@@ -52,8 +52,8 @@ def filled(steps: int = 4, **options: Any) -> Recorder:
     return recorder
 
 
-def printed(recorder: Recorder, layers: int | None = None) -> str:
-    screen = Console(file=io.StringIO(), width=140, color_system=None)
+def printed(recorder: Recorder, layers: int | None = None, width: int = 140) -> str:
+    screen = Console(file=io.StringIO(), width=width, color_system=None)
     screen.print(recorder.table(layers))
     return screen.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
@@ -243,6 +243,8 @@ def test_a_collapsed_layer_stands_out() -> None:
         assert cell in first
     for cell in ("8.00", "7.00", "0.000", " 7 ", " - "):
         assert cell in second
+    texts = [printed(filled(), width=width).replace("─", "") for width in (140, 80, 40, 24)]
+    assert len({frozenset(text.split()) for text in texts}) == 1  # what does not fit stands below
     one = printed(filled(layers=["first", "second"]), 1)
     assert "second" in one
     assert "first" not in one
@@ -255,7 +257,7 @@ def test_a_table_without_collapse_has_no_alarm_and_shows_what_is_not_a_number() 
     text = printed(recorder)
     assert "step 7: loss inf" in text
     assert "nan" in text
-    assert "state" not in text
+    assert "COLLAPSED" not in text
     assert "\x1b" not in text
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from moegen.errors import MoegenError, Problem
 from moegen.observe.history import History, history
 from moegen.observe.page import page
 from moegen.observe.rows import Row, row, to_host
-from moegen.observe.table import table
+from moegen.observe.table import StepTable
 from moegen.observe.tensorboard import Writer, write_scalars
 
 _AROUND = 6  # lines of a live table beside those of layers
@@ -86,9 +86,9 @@ class Recorder:
         """All steps that are kept, as series on the host."""
         return history(self._on_host(), self._names())
 
-    def table(self, layers: int | None = None) -> Group:
+    def table(self, layers: int | None = None) -> StepTable:
         """The newest step, a line for each routed layer; of more than `layers` the least even."""
-        return table(history(self._on_host()[-1:], self._names()), layers)
+        return StepTable(history(self._on_host()[-1:], self._names()), layers)
 
     def show(self, screen: Console | None = None) -> None:
         """Print the table."""
