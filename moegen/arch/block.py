@@ -119,3 +119,56 @@ class Block(Layer):
     def _norm(self, b: Builder, name: str, x: Any) -> Any:
         width = b.spec.model.d_model
         return b.inline(self.norm, "apply", name, x, width, path=("model", "norm"))
+
+
+class InsertedBlock(Layer):
+    """A mixture as a layer of its own between the stack's others, as BASE layers are (2021).
+
+    Residual experts are the branch themselves; others stand on one, behind a norm.
+    """
+
+    norm: Annotated[Norm, OneOf(Norm)]
+    moe: MoE
+    moe_path: Path = ()
+    residual_scale: float = 1.0
+
+    def describe(self, spec: Any) -> str:
+        """`A mixture of experts as a layer of its own.`"""
+        return "A mixture of experts as a layer of its own."
+
+    def programs(self) -> tuple[str, ...]:
+        """As other layers of the stack."""
+        update = ("update_balance",) if self.moe.router.balance_bias else ()
+        return ("forward", "step", "new_cache", *update)
+
+    def forward(self, b: Builder, x: Any, context: Any) -> Any:
+        """x [B, S, d] to [B, S, d], and the routing record of this layer."""
+        ids = [getattr(context, name) for name in self.moe.given()]
+        out, routing = self._routed(b, self._normed(b, x), context.valid, *ids)
+        return self._added(x, out), (routing,)
+
+    def step(self, b: Builder, x: Any, context: Any, cache: Any) -> Any:
+        """x [B, T, d] to [B, T, d]; there is nothing to keep in the cache."""
+        ids = [getattr(context, name) for name in self.moe.given()]
+        return self._added(x, self._routed(b, self._normed(b, x), *ids))
+
+    def new_cache(self, b: Builder, batch: Any, length: Any) -> Any:
+        """Nothing: a mixture treats every position alone."""
+        return ()
+
+    def update_balance(self, b: Builder, load: Any) -> Any:
+        """Pass on to the router."""
+        return self._routed(b, load)
+
+    def _routed(self, b: Builder, *inputs: Any) -> Any:
+        return b.child("moe", self.moe, *inputs, path=self.moe_path, role="routed_experts")
+
+    def _normed(self, b: Builder, x: Any) -> Any:
+        if self.moe.experts.residual:
+            return x
+        return b.inline(self.norm, "apply", "norm", x, b.spec.model.d_model, path=("model", "norm"))
+
+    def _added(self, x: Any, out: Any) -> Any:
+        if self.moe.experts.residual:
+            return out
+        return x + (out * self.residual_scale if self.residual_scale != 1.0 else out)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from moegen.arch.attention import Attention
-from moegen.arch.block import Block
+from moegen.arch.block import Block, InsertedBlock
 from moegen.arch.feed_forward import FeedForward
 from moegen.arch.mixture_rules import SILENCE, leaks
 from moegen.arch.model import Model
@@ -134,10 +134,21 @@ class Decoder(Model):
         """Every routed layer with its MoE and the place in the spec that says it."""
         if self.moe is None:
             return []
-        layers = self.moe.placement.of(self.layers)
+        placement = self.moe.placement
+        layers = placement.of(self.layers)
+        if placement.insert:
+            own = self._with_extra(list(range(self.layers)), [None] * placement.insert)
+            layers = tuple(i for i, layer in enumerate(own) if layer is None)
         return [(layer, *self.moe.in_layer(layer)) for layer in layers]
 
-    def blocks(self) -> list[Block]:
+    def _with_extra(self, own: list[Any], extra: list[Any]) -> list[Any]:
+        """The stack's own layers with the extra ones where the placement inserts them."""
+        assert self.moe is not None
+        for index, layer in zip(self.moe.placement.inserted(self.layers), extra, strict=True):
+            own.insert(index, layer)
+        return own
+
+    def blocks(self) -> list[Block | InsertedBlock]:
         """The stack, equal blocks being equal elements."""
         routed = {layer: (moe, path) for layer, moe, path in self.routed()}
         common = {
@@ -146,7 +157,15 @@ class Decoder(Model):
             "residual_scale": self.residual_scale,
         }
         made: dict[Any, Block] = {}
-        stack = []
+        stack: list[Block | InsertedBlock] = []
+        if self.moe and self.moe.placement.insert:
+            extra = [
+                InsertedBlock(
+                    norm=self.norm, moe=moe, moe_path=path, residual_scale=self.residual_scale
+                )
+                for moe, path in routed.values()
+            ]
+            routed = {}
         for layer in range(self.layers):
             moe, path = routed.get(layer, (None, ()))
             attention = self.attention.in_layer(layer, self.layers)
@@ -155,13 +174,15 @@ class Decoder(Model):
                 ffn = None if moe else self.ffn
                 made[key] = Block(attention=attention, ffn=ffn, moe=moe, moe_path=path, **common)
             stack.append(made[key])
+        if self.moe and self.moe.placement.insert:
+            return self._with_extra(stack, extra)
         return stack
 
     def ropes(self) -> list[Rope]:
         """The distinct rotary embeddings of the stack, in order of first use."""
         found: list[Rope] = []
         for block in self.blocks():
-            rope = block.attention.rope
+            rope = block.attention.rope if isinstance(block, Block) else None
             if rope is not None and rope not in found:
                 found.append(rope)
         return found

@@ -33,7 +33,15 @@ def _tuple(value: tuple[Any, ...]) -> str:
     inner = [annotation(v) for v in value]
     if inner and len(set(inner)) == 1 and inner[0] != "Tensor":
         return f"tuple[{inner[0]}, ...]"
+    if len(set(inner)) > 1 and all(_of_tensors(v) for v in value):
+        return "tuple[tuple[Tensor, ...], ...]"
     return f"tuple[{', '.join(inner)}]" if inner else "tuple[()]"
+
+
+def _of_tensors(value: Any) -> bool:
+    """Whether it is a plain tuple of tensors, of any number."""
+    plain = isinstance(value, tuple) and not hasattr(value, "_fields")
+    return plain and all(isinstance(v, Tensor) for v in value)
 
 
 def of_output(graph: fx.Graph) -> str:

@@ -16,7 +16,7 @@ def _kept_of_groups(
     """Bytes of marks, and of lengths and fractions of groups."""
     groups = -(-scores.shape[0] // max(group, 1))
     size = scores.dtype.itemsize
-    return (groups * group + groups * (1 + scores.shape[1]) + 1) * size
+    return (groups * group + groups * (1 + scores.shape[1])) * size + 8
 
 
 @op(extra=_kept_of_groups)
@@ -40,9 +40,8 @@ def grouped_balance_loss(
 
 
 @op(
-    saves=("scores",),
     extra=lambda scores, experts, valid: (
-        (2 * scores.shape[0] + 1) * scores.dtype.itemsize
+        (scores.numel() + 3 * scores.shape[0] + 1) * scores.dtype.itemsize
     ),
 )
 def second_probability(scores: Tensor, experts: Tensor, valid: Tensor) -> Tensor:

@@ -37,11 +37,27 @@ def cv_squared(values: Tensor, unbiased: bool = False) -> Tensor:
     return variance / mean.square().clamp(min=torch.finfo(values.dtype).tiny)
 
 
+def _kept_of_chances(
+    clean: Tensor,
+    noisy: Tensor,
+    deviation: Tensor | float,
+    k: int,
+    excluding: bool,
+    training: bool,
+) -> int:
+    """Bytes of an order, two numbers a logit, and one more and a mark where they are needed."""
+    if not training or k >= clean.shape[-1]:
+        return 0
+    size = clean.dtype.itemsize
+    learned = isinstance(deviation, Tensor)
+    return clean.numel() * (8 + (3 if learned else 2) * size + (1 if excluding else 0))
+
+
 @op(
-    saves=("out",),
-    extra=lambda clean, noisy, deviation, k, excluding, training: (
-        4 * clean.numel() * clean.dtype.itemsize
+    saves=lambda clean, noisy, deviation, k, excluding, training: (
+        ("deviation",) if isinstance(deviation, Tensor) and training else ()
     ),
+    extra=_kept_of_chances,
 )
 def top_k_probability(
     clean: Tensor,
@@ -106,7 +122,7 @@ def nested_importance(outer: Tensor, inner: Tensor, ends: Tensor) -> Tensor:
     saves=("load",),
     extra=lambda load, chances, ends, valid: (
         (
-            ends.shape[0] * (chances.shape[0] + 2 * chances.shape[1] + 1)
+            ends.shape[0] * (chances.shape[0] + chances.shape[1] + 1)
             + chances.shape[0]
         )
         * chances.dtype.itemsize

@@ -39,12 +39,15 @@ def local_entropy(scores: Tensor, valid: Tensor) -> Tensor:
     return masked_mean(entropy(scores), valid)
 
 
-@op(
-    extra=lambda scores, valid, spread: (
-        (scores.shape[0] + 3 * scores.shape[1] + 2) * scores.dtype.itemsize
-        + scores.shape[1]
-    )
-)
+def _kept_of_mean(scores: Tensor, valid: Tensor, spread: float | None) -> int:
+    """Bytes of a mark a token, and of three numbers and a mark an expert."""
+    tokens, experts = scores.shape
+    size = scores.dtype.itemsize
+    bounded = 0 if spread is None else size + 1
+    return (tokens + 3 * experts + 1) * size + experts + bounded
+
+
+@op(extra=_kept_of_mean)
 def global_entropy(scores: Tensor, valid: Tensor, spread: float | None) -> Tensor:
     """Minus the entropy of the mean of scores [T, E]; with spread, max(0, ln spread + that)."""
     value = -entropy(masked_mean(scores, valid))
@@ -54,12 +57,18 @@ def global_entropy(scores: Tensor, valid: Tensor, spread: float | None) -> Tenso
     return F.relu(value + math.log(spread)) * valid.any()
 
 
+def _kept_of_information(gates: Tensor, ids: Tensor, count: int, valid: Tensor) -> int:
+    """Bytes of marks, masses, and of three numbers and a mark for each share."""
+    size = gates.dtype.itemsize
+    tokens, experts = gates.shape
+    shares = experts + count + count * experts
+    return size * (count * tokens + count * experts + 2) + (3 * size + 1) * shares
+
+
 @op(
     flops=lambda gates, ids, count, valid: 2 * count * gates.numel(),
     backward=1.0,
-    extra=lambda gates, ids, count, valid: (
-        (count * gates.shape[0] + 8 * count * gates.shape[1]) * gates.dtype.itemsize
-    ),
+    extra=_kept_of_information,
 )
 def mutual_information(gates: Tensor, ids: Tensor, count: int, valid: Tensor) -> Tensor:
     """-I(id; expert) in nats, from the gates [T, E] of real tokens with ids [T] below count."""

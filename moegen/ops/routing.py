@@ -71,7 +71,7 @@ def expert_load(experts: Tensor, num_experts: int, valid: Tensor) -> Tensor:
     flops=lambda weights, kept, nowhere, eps: 0,
     saves=("weights", "out"),
     extra=lambda weights, kept, nowhere, eps: (
-        weights.shape[0] * weights.dtype.itemsize + weights.numel()
+        weights.shape[0] * (weights.dtype.itemsize + 1) + weights.numel()
     ),
 )
 def kept_weights(weights: Tensor, kept: Tensor, nowhere: int, eps: float) -> Tensor:
@@ -81,7 +81,10 @@ def kept_weights(weights: Tensor, kept: Tensor, nowhere: int, eps: float) -> Ten
     return held / torch.where(total > 0, total, 1)
 
 
-@op(flops=lambda weights, experts, low, high: 0)
+@op(
+    flops=lambda weights, experts, low, high: 0,
+    extra=lambda weights, experts, low, high: experts.numel(),
+)
 def weight_of_free(weights: Tensor, experts: Tensor, low: int, high: int) -> Tensor:
     """The sum [T] of the weights [T, K] whose expert is from low up to, not with, high."""
     free = (experts >= low) & (experts < high)
@@ -105,7 +108,7 @@ def best_tokens(ranked: Tensor, slots: int, group: int) -> Tensor:
         () if count else ("weights", "tokens")
     ),
     extra=lambda weights, tokens, num_tokens, count, eps=0.0: (
-        weights.numel() * weights.dtype.itemsize
+        weights.numel() * (weights.dtype.itemsize + (0 if count else 1))
     ),
 )
 def shares_of_token(

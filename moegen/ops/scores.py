@@ -9,8 +9,8 @@ from moegen.ops.op import op
 
 
 def _kept_of_unit(x: Tensor, eps: float = 0.0) -> int:
-    """Bytes of a length a vector."""
-    return x.numel() // max(x.shape[-1], 1) * x.dtype.itemsize
+    """Bytes of a length a vector, and a mark where none is added to it."""
+    return x.numel() // max(x.shape[-1], 1) * (x.dtype.itemsize + (0 if eps else 1))
 
 
 @op(saves=("x",), extra=_kept_of_unit)
@@ -26,19 +26,22 @@ def unit(x: Tensor, eps: float = 0.0) -> Tensor:
 @op(
     flops=lambda x, means, squared: 2 * x.shape[0] * x.shape[1] * means.shape[0],
     saves=("x", "means"),
-    extra=lambda x, means, squared: 2 * x.shape[0] * means.shape[0] * x.dtype.itemsize,
+    extra=lambda x, means, squared: (
+        x.shape[0]
+        * means.shape[0]
+        * (x.dtype.itemsize if squared else 2 * x.dtype.itemsize + 1)
+    ),
 )
 def distances(x: Tensor, means: Tensor, squared: bool) -> Tensor:
     """Euclidean distances of x [T, d] and means [E, d] -> [T, E]; squared if asked."""
     product = x @ means.t()
     square = x.square().sum(-1, keepdim=True) - 2 * product + means.square().sum(-1)
     square = square.clamp(min=0)
+    if squared:
+        return square
     # Where a token is a mean the root has no gradient, so take that of 1.
-    return (
-        square
-        if squared
-        else torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
-    )
+    apart = square > 0
+    return torch.where(apart, torch.where(apart, square, 1).sqrt(), 0)
 
 
 @op()

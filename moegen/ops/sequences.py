@@ -45,17 +45,23 @@ def sequence_mean(tokens: Tensor, valid: Tensor | None, batch: int) -> Tensor:
     return mean.expand(-1, length, -1).flatten(0, 1)
 
 
-@op(saves=("out",))
+def _kept_of_softmax(logits: Tensor, valid: Tensor | None, group: int | None) -> int:
+    """Bytes of the softmax before padding is put to 0, and of a mark a token."""
+    rows = logits.shape[0] if group is None else -(-logits.shape[0] // group) * group
+    kept = rows * logits.shape[1] * logits.dtype.itemsize
+    return kept + (0 if valid is None else logits.shape[0])
+
+
+@op(extra=_kept_of_softmax)
 def softmax_over_tokens(
     logits: Tensor, valid: Tensor | None, group: int | None
 ) -> Tensor:
     """softmax of logits [T, E] over the real tokens of each group of so many; 0 at padding."""
-    if valid is not None:
-        logits = logits.masked_fill(~valid.unsqueeze(-1), torch.finfo(logits.dtype).min)
+    padding = None if valid is None else ~valid.unsqueeze(-1)
+    if padding is not None:
+        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
     rows = (
         logits.unsqueeze(0) if group is None else in_groups(logits, group, -torch.inf)
     )
     scores = rows.softmax(1).flatten(0, 1)[: logits.shape[0]]
-    if valid is not None:
-        scores = scores.masked_fill(~valid.unsqueeze(-1), 0)
-    return scores
+    return scores if padding is None else scores.masked_fill(padding, 0)

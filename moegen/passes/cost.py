@@ -193,8 +193,8 @@ class _Program:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta.val)
             saves = saves(*args, **kwargs)
         for name in saves:
-            if name.startswith("out"):
-                index = name.partition(".")[2]
+            whole, _, index = name.partition(".")
+            if whole == "out":
                 yield Ref(node, (int(index),) if index else ())
             elif isinstance(bound.get(name), fx.Node):
                 yield Ref(bound[name])
