@@ -8,12 +8,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moegen.arch.routing.routed import Mixture, Scored
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.capacity import expert_capacity, in_mode, share_of_tokens
 from moegen.ops.losses import dropped_fraction
 from moegen.ops.places import next_best, position_in_expert, refuse, sparing
 from moegen.ops.routing import top_k
 from moegen.spec.element import Element, Path
+from moegen.spec.words import counted
 
 
 class Capacity(Element):
@@ -80,10 +82,17 @@ class Capacity(Element):
         if "passes" in self.model_fields_set and self.overflow != "next":
             yield ("passes",), f"passes is for overflow: next, not {self.overflow}"
 
-    @property
-    def causal(self) -> bool:
-        """Whether a token's place does not depend on later ones, with one choice a token."""
-        return self.priority == "rank"
+    def leak(self, chosen: int) -> str | None:
+        """How later tokens have a say in what becomes of an earlier one, if they do."""
+        if self.priority != "rank":
+            return f"with priority {self.priority} later tokens can take an earlier one's place"
+        if self.overflow == "next":
+            return "with overflow next a later token can take what an earlier one would try next"
+        if chosen > 1:
+            return (
+                "later tokens' first choices can take the place of an earlier one's second choice"
+            )
+        return None
 
     def check(self, experts: int, chosen: int, second: bool) -> Iterator[tuple[Path, str]]:
         """Rules that need the number of experts and of choices."""
@@ -102,6 +111,91 @@ class Capacity(Element):
                 yield ("devices",), "next looks for an expert with room, not for a device"
         if self.overflow == "input" and second:
             yield ("overflow",), "input would also add what second choices skip; use drop"
+
+    # Sentences
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """How many slots there are, who gets them, and what becomes of the others."""
+        yield from self._slots(setting)
+        if self.spare:
+            yield (
+                f"In training each sequence is spared with probability {self.spare:g}: none of its "
+                "choices is refused."
+            )
+        yield self._order(setting.chosen)
+        yield from self._refused(setting)
+
+    def _slots(self, setting: Setting) -> Iterator[str]:
+        experts = setting.moe.num_experts
+        each = f"Each of {counted(experts, 'expert')}"
+        if self.devices:
+            size = counted(experts // self.devices, "expert")
+            each = f"Each of {self.devices:,} devices, with {size},"
+        training, evaluation = (setting.room(training=mode) for mode in (True, False))
+        of = f"of {setting.competing}"
+        if self.slots is not None:
+            yield f"{each} has room for {counted(training, 'choice')} {of}."
+            return
+        room = f"{each} has room for {counted(training, 'choice')} {of} in training"
+        if self.eval_factor == "unlimited":
+            yield f"{room} (factor {self.factor:g}), and for all in evaluation."
+            return
+        mode = "and" if evaluation == training else f"and {evaluation:,}"
+        yield f"{room} {mode} in evaluation: {self._formula(setting.chosen)}."
+
+    def _formula(self, chosen: int) -> str:
+        """What the slots come from, in words."""
+        shares = {"per_choice": "choices", "per_rank": "tokens for each rank of choices"}
+        share = shares.get("per_choice" if self.devices else self.convention, "tokens")
+        share = share if chosen > 1 else "tokens"
+        of = f"{self.factor:g} times an even share of {share}"
+        if self.round_first == "tokens_up":
+            of = f"an even share of {share}, of {self.factor:g} times the tokens, rounded up"
+        how = {
+            "share_down": ["the share rounded down first"],
+            "share_up": ["the share rounded up first"],
+        }
+        parts = [of, *how.get(self.round_first, [])]
+        parts.append({"floor": "rounded down", "ceil": "rounded up"}.get(self.rounding, "rounded"))
+        parts += ["at most one a token"] if self.at_most_tokens else []
+        parts += [f"at least {self.minimum:,}"] if self.minimum else []
+        parts += [f"raised to a multiple of {self.multiple:,}"] if self.multiple > 1 else []
+        if self.eval_share is not None:
+            parts[-1] += f"; in evaluation {self.eval_share:g} times all tokens, rounded up"
+        other = isinstance(self.eval_factor, float) and self.eval_factor != self.factor
+        return ", ".join(parts) + (f"; in evaluation {self.eval_factor:g} times" if other else "")
+
+    def _order(self, chosen: int) -> str:
+        first = {
+            "rank": "earlier tokens come first",
+            "confidence": "tokens with the highest best score come first",
+            "confidence_sum": "tokens with the highest sum of weights come first",
+        }
+        if self.priority == "weight":
+            return "Choices with the highest weights come first."
+        if chosen == 1:
+            return f"{first[self.priority].capitalize()}; padding takes no slot."
+        ranks = "all first choices come before all second ones"
+        ranks += " and so on" if chosen > 2 else ""
+        return f"{ranks.capitalize()}, and within these {first[self.priority]}."
+
+    def _refused(self, setting: Setting) -> Iterator[str]:
+        moe, one = setting.moe, setting.chosen == 1
+        rest = "the residual stream"
+        rest += " and what is added below" if moe.shared or moe.residual else ""
+        if self.overflow == "next":
+            tries = min(self.passes, moe.num_experts)
+            yield f"A refused token tries its next best experts, {tries} in all with its first."
+            yield f"One that finds no room is left with {rest} alone."
+        elif self.overflow == "input":
+            yield "A refused choice adds the token itself in place of the expert's output."
+        elif one:
+            yield f"A refused token is left with {rest} alone."
+        else:
+            yield "A refused choice adds nothing."
+            yield f"A token refused everywhere is left with {rest} alone."
+        if moe.experts.free:
+            yield "Experts without parameters refuse nobody."
 
     # How many
 

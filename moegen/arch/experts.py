@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +15,12 @@ from moegen.arch.init import ZEROS
 from moegen.arch.routing.routed import Routed, Scored, Site
 from moegen.arch.routing.router import Router
 from moegen.arch.routing.sites import matrix_of_expert
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.experts import grouped_bias, grouped_linear
 from moegen.ops.routing import nested_experts
 from moegen.spec.element import Element, OneOf, Path
+from moegen.spec.words import counted, listed
 
 if TYPE_CHECKING:
     from moegen.arch.moe import MoE
@@ -52,6 +54,16 @@ class Nested(Element):
         for path, sentence in self.router.select.check(self.count, 1):
             yield ("router", "select", *path), sentence
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """The same parts once more, inside."""
+        inner = Inner(self.router, self.count, setting.moe.total_experts)
+        inside = setting.within(inner)
+        yield f"Each expert routes its tokens to its {counted(self.count, 'inner expert')}."
+        for name, part in self.router.parts():
+            if name != "input":
+                yield from part.says(inside)
+        yield "A token's weight for an inner expert is the product of both routers' weights."
+
 
 class Experts(Element):
     """The routed experts: feed-forward networks of one shape."""
@@ -78,6 +90,39 @@ class Experts(Element):
         """Sublayers are residual."""
         if self.sublayers > 1 and not self.residual:
             yield ("sublayers",), "more than one sublayer needs residual: true"
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Which networks, what they are given, and what becomes of what they give."""
+        moe, soft = setting.moe, setting.router.select.kind == "soft"
+        precision = setting.spec.precision
+        form = precision.experts or precision.compute or precision.parameters
+        rows = "Slots" if soft else "Tokens"
+        what = f"{setting.width:,} to {moe.expert_width:,} to {setting.width:,} numbers"
+        bias = "with biases" if self.bias else "without biases"
+        inner = ""
+        if self.nested:
+            inner = f"a mixture of {counted(self.nested.count, 'inner expert')} of "
+        each = f"each {inner}{self.activation.kind}, {what}, {bias}, in {form}"
+        yield f"{rows} go to {counted(moe.num_experts, 'expert')}, {each}."
+        if moe.granularity > 1:
+            yield (
+                f"These are {self.count:,} experts {self.width:,} wide, each cut into "
+                f"{moe.granularity:,}."
+            )
+        if self.residual:
+            each = "" if self.sublayers == 1 else f", {self.sublayers} times in turn"
+            yield f"An expert computes x + f(norm(x)){each}; its norm has no parameters."
+        if setting.spec.train.dropout.experts:
+            yield f"In training there is dropout of {setting.spec.train.dropout.experts:g} inside."
+        if self.free:
+            gives = [
+                f"{count:,} more {'gives' if count == 1 else 'give'} {what}"
+                for count, what in ((self.identity, "back the token"), (self.zero, "nothing"))
+                if count
+            ]
+            yield f"{listed(gives, 'and')}, at no cost."
+        if not soft:
+            yield "A token's output is the sum of its experts' outputs, times their weights."
 
     @property
     def free(self) -> int:
@@ -129,7 +174,7 @@ def compute(b: Builder, moe: MoE, rows: Any, routed: Routed, training: bool) -> 
         ids={},
         group=None,
         linear=matrix_of_expert(routed.ends, moe.num_experts),
-        spread=lambda experts: nested_experts(experts, routed.ends, nested.count),
+        spread=_once(lambda experts: nested_experts(experts, routed.ends, nested.count)),
     )
     path = (*inner.at, "router")
     scored = b.inline(nested.router, "scored", rows, site, inner.at, path=path)
@@ -137,6 +182,18 @@ def compute(b: Builder, moe: MoE, rows: Any, routed: Routed, training: bool) -> 
     out = within.restore(_network(b, moe, within.rows(rows), within.ends))
     outer = routed.row_weights() if training else None
     return out, Decided(scored, within, outer, routed.ends)
+
+
+def _once(spread: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function, called once for the same choices: they are counted and dispatched."""
+    known: dict[int, tuple[Any, Any]] = {}
+
+    def remembered(experts: Any) -> Any:
+        if id(experts) not in known:
+            known[id(experts)] = (experts, spread(experts))  # held, so that the id stays its own
+        return known[id(experts)][1]
+
+    return remembered
 
 
 def active(moe: MoE) -> Fraction:
@@ -153,11 +210,13 @@ def _network(b: Builder, moe: MoE, rows: Any, ends: Any) -> Any:
     """Every expert's feed-forward network, one residual sublayer after the other."""
     if not moe.experts.residual:
         return _feed_forward(b, moe, rows, ends, "")
+    stream = b.name(rows, "stream")
     for sublayer in range(moe.experts.sublayers):
         suffix = f"_{sublayer + 1}" if sublayer else ""
-        normed = F.layer_norm(rows, (b.spec.model.d_model,))
-        rows = rows + _feed_forward(b, moe, normed, ends, suffix)
-    return rows
+        normed = F.layer_norm(stream, (b.spec.model.d_model,))
+        out = _feed_forward(b, moe, normed, ends, suffix)
+        stream = stream + out
+    return stream
 
 
 def _feed_forward(b: Builder, moe: MoE, rows: Any, ends: Any, suffix: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch.nn.functional as F
@@ -9,9 +10,11 @@ from pydantic import Field
 
 from moegen.arch.activation import Activation, SwiGLU
 from moegen.arch.init import ZEROS
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.graph.layer import Layer
-from moegen.spec.element import OneOf
+from moegen.spec.element import Element, OneOf
+from moegen.spec.words import counted
 
 
 class FeedForward(Layer):
@@ -49,9 +52,42 @@ class FeedForward(Layer):
 class ResidualFeedForward(FeedForward):
     """A dense network whose output is added to a routed one's (Arctic 2024)."""
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What is added."""
+        yield (
+            f"The output of a dense network ({self.activation.kind}, {self.width:,} wide) for the "
+            "same token is added."
+        )
+
 
 class ExtraFeedForward(FeedForward):
     """A dense network on a branch of its own after a routed one (ST-MoE 2022)."""
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What follows."""
+        network = f"{self.activation.kind}, {self.width:,} wide"
+        yield f"After the routed branch follows a dense one of its own ({network})."
+
+
+class Shared(Element):
+    """Experts that every token meets."""
+
+    shorthand = "count"
+
+    count: int = Field(1, ge=1, le=10**6, description="how many, each as wide as `width`")
+    width: int | None = Field(None, ge=1, le=10**7, description="hidden width; a routed expert's")
+    gate: bool = Field(False, description="weigh their output by sigmoid(x w) (Qwen MoE)")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What is added."""
+        width = self.width or setting.moe.expert_width
+        gate = ", times a learned sigmoid gate of the token," if self.gate else ""
+        one = self.count == 1
+        outputs = "output" if one else "sum of the outputs"
+        yield (
+            f"Every token also meets {counted(self.count, 'shared expert')}"
+            f"{'' if one else ', each'} {width:,} wide; the {outputs}{gate} is added."
+        )
 
 
 class SharedExperts(FeedForward):

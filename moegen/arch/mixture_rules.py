@@ -74,6 +74,8 @@ def leaks(moe: MoE) -> Iterator[tuple[Path, str]]:
     if not router.input.causal:
         what = f"router input {router.input.kind} is a mean over later tokens too"
         yield ("router", "input"), f"{what}, {otherwise}"
-    if capacity and not capacity.causal:
-        what = f"with priority {capacity.priority} later tokens can take an earlier one's place"
-        yield ("capacity", "priority"), f"{what}, {otherwise}"
+    leak = capacity.leak(moe.chosen) if capacity else None
+    if capacity and leak:
+        at = "overflow" if capacity.priority == "rank" else "priority"
+        at = at if at in capacity.model_fields_set else ""
+        yield ("capacity", *([at] if at else [])), f"{leak}, {otherwise}"

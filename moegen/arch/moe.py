@@ -11,13 +11,14 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from moegen.arch.capacity import Capacity
 from moegen.arch.experts import Decided, Experts, compute
-from moegen.arch.feed_forward import ExtraFeedForward, ResidualFeedForward, SharedExperts
+from moegen.arch.feed_forward import ExtraFeedForward, ResidualFeedForward, Shared, SharedExperts
 from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
 from moegen.arch.mixture_rules import of_capacity, of_experts
 from moegen.arch.placement import Placement
 from moegen.arch.routing.routed import Routed, Scored, Site
 from moegen.arch.routing.router import Router
 from moegen.arch.routing.sites import matrix_of_id, one_matrix
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.graph.layer import Layer
 from moegen.ops.attention import at_most
@@ -25,16 +26,6 @@ from moegen.ops.balance import move_bias
 from moegen.ops.information import router_entropy
 from moegen.ops.losses import masked_mean
 from moegen.spec.element import Element, OneOf, Path
-
-
-class Shared(Element):
-    """Experts that every token meets."""
-
-    shorthand = "count"
-
-    count: int = Field(1, ge=1, le=10**6, description="how many, each as wide as `width`")
-    width: int | None = Field(None, ge=1, le=10**7, description="hidden width; a routed expert's")
-    gate: bool = Field(False, description="weigh their output by sigmoid(x w) (Qwen MoE)")
 
 
 def _by_name(value: Any) -> Any:
@@ -211,6 +202,13 @@ class MoE(Layer):
         wide = f"{self.num_experts} experts{free}{inner}, {self.expert_width} wide"
         return f"Mixture of {wide}: {met}{shared}."
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Which tokens compete, and whether anything is refused at all."""
+        if self.capacity or not self.router.select.tokens_choose:
+            return  # they say among which tokens
+        if self.router.select.kind != "balanced":
+            yield "There is no capacity: nothing is refused."
+
     def programs(self) -> tuple[str, ...]:
         """Training, decoding, and the balance bias's update where there is one."""
         update = ("update_balance",) if self.router.balance_bias else ()
@@ -303,7 +301,10 @@ class MoE(Layer):
             if precision.expert_dtype != precision.compute_dtype:
                 out = out.to(precision.compute_dtype)
             if routed.through is not None:
-                out = out + routed.through.unsqueeze(-1).to(precision.compute_dtype) * tokens
+                through = routed.through.unsqueeze(-1)
+                if precision.router_dtype != precision.compute_dtype:
+                    through = through.to(precision.compute_dtype)
+                out = out + through * tokens
             if self.shared:
                 out = out + self._shared(b, tokens)
             if self.residual:

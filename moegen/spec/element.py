@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,15 @@ class Element(BaseModel):
     def rules(self) -> Iterator[tuple[Path, str]]:
         """Yield (path of the field to blame, sentence) for each broken rule between fields."""
         yield from ()
+
+    @classmethod
+    def summary(cls) -> str:
+        """What it is, in a line: the first of its docstring."""
+        return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+    def says(self, setting: Any) -> Iterator[str]:
+        """What it does in a setting (`arch.setting`), in sentences; unless told, its summary."""
+        yield self.summary()
 
     @model_validator(mode="before")
     @classmethod

@@ -57,6 +57,11 @@ def listed(words: Iterable[str], join: str = "or") -> str:
     return f"{', '.join(parts[:-1])} {join} {parts[-1]}"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and a noun: 1 expert, 1,024 experts."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def article(noun: str) -> str:
     """A noun with 'a' or 'an' before it."""
     return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"

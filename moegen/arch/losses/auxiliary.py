@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from moegen.arch.routing.routed import Routed, Scored
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.losses import mean_over_layers, sum_over_layers
 from moegen.spec.element import Kinds, Path
+from moegen.spec.words import counted
 
 if TYPE_CHECKING:
     from moegen.arch.experts import Decided
@@ -59,6 +61,19 @@ class AuxiliaryLoss(Kinds):
             yield (), f"loads under {select.kind} are equal, so {self.kind} has no use"
         elif self.needs_learned and not moe.router.score.learned:
             yield (), f"a {moe.router.score.kind} learns nothing, so {self.kind} has no use"
+
+    def what(self, setting: Setting) -> str:
+        """What is small where the loss is small; its summary unless told."""
+        return self.summary().rstrip(".")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What it is, its weight, and how layers are reduced."""
+        layers = setting.routed_layers
+        over = f"the {counted(layers, 'routed layer')}"
+        reduced = {"sum": f"summed over {over}", "mean": f"the mean over {over}"}
+        how = reduced.get(self.reduction, f"of statistics averaged over {over}")
+        how = "" if layers == 1 else f", {how}"
+        yield f"{self.weight:g} times {self.what(setting)}{how}."
 
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The layer's own value, not weighted."""

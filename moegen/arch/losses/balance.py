@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.balance_losses import (
     communication_fractions,
@@ -25,6 +26,7 @@ from moegen.ops.losses import (
     sequence_balance_loss,
 )
 from moegen.spec.element import Path
+from moegen.spec.words import counted
 
 if TYPE_CHECKING:
     from moegen.arch.moe import MoE
@@ -67,6 +69,25 @@ class BalanceLoss(AuxiliaryLoss):
             yield ("reduction",), "a pooled loss knows no mixtures inside experts"
         if moe.group != "batch" and self.count == "second":
             yield ("count",), "second choices are counted over the batch only"
+
+    def what(self, setting: Setting) -> str:
+        """Which choices are counted, among which tokens."""
+        k = setting.chosen
+        share = {
+            "first": "first choices" if k > 1 else "choices",
+            "second": "second choices",
+            "mean": f"choices divided by {k:,}" if k > 1 else "choices",
+            "all": f"all {k:,} choices" if k > 1 else "choices",
+        }[self.count]
+        share += " that are not refused" if self.after_capacity else ""
+        mean = "share of what first choices leave of scores" if self.count == "second" else "score"
+        among = {"sequence": " within each sequence", "run": f" within {setting.competing}"}
+        even = f" ({k if self.count == 'all' else 1} where loads are even)"
+        even = even if setting.router.affinity.sums_to_one and not self.after_capacity else ""
+        return (
+            f"the sum over experts of their share of {share} times their mean {mean}"
+            f"{among.get(setting.moe.group_kind, '')}, times {setting.choices:,}{even}"
+        )
 
     @property
     def pooled(self) -> bool:
@@ -117,6 +138,13 @@ class SequenceBalanceLoss(AuxiliaryLoss):
 
     kind: Literal["sequence_balance"] = "sequence_balance"
 
+    def what(self, setting: Setting) -> str:
+        """As balance, one sequence at a time."""
+        return (
+            "the sum over experts of their share of choices times their mean share of scores "
+            f"within each sequence, times {setting.choices:,} (1 where loads are even)"
+        )
+
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The loss of this layer's sequences."""
         scored = outcome.scored
@@ -142,6 +170,14 @@ class DeviceBalanceLoss(_DeviceLoss):
 
     kind: Literal["device_balance"] = "device_balance"
 
+    def what(self, setting: Setting) -> str:
+        """As balance, of devices."""
+        size = setting.choices // self.devices
+        return (
+            f"the sum over {self.devices:,} devices of {counted(size, 'expert')} each of their "
+            "mean share of choices times their summed mean scores"
+        )
+
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The loss of this layer's devices."""
         experts = outcome.moe.num_choices
@@ -156,6 +192,13 @@ class CommunicationBalanceLoss(_DeviceLoss):
     kind: Literal["communication_balance"] = "communication_balance"
     limit: int = Field(ge=1, le=10**6, description="devices that a token is sent to at most")
 
+    def what(self, setting: Setting) -> str:
+        """As device balance, of what is sent."""
+        return (
+            f"the sum over {self.devices:,} devices of their share of tokens, of which each is "
+            f"sent to at most {self.limit:,}, times their summed mean scores"
+        )
+
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The loss of this layer's devices."""
         scored, choices = outcome.scored, outcome.routed.choices
@@ -169,6 +212,10 @@ class TokenBalanceLoss(AuxiliaryLoss):
 
     kind: Literal["token_balance"] = "token_balance"
     needs_choices: ClassVar[bool] = False
+
+    def what(self, setting: Setting) -> str:
+        """Tokens in the place of experts."""
+        return "how unevenly tokens are wanted by the experts (1 where evenly)"
 
     def check(self, moe: MoE) -> Iterator[tuple[Path, str]]:
         """Scores that tokens compete for."""

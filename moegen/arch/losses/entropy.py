@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
-from moegen.arch.routing.ids import IdName
+from moegen.arch.routing.ids import IdName, named
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.importance import dense_gates
 from moegen.ops.information import global_entropy, local_entropy, mutual_information
@@ -40,6 +41,9 @@ class _Entropy(AuxiliaryLoss):
         if moe.router.affinity.kind != "softmax":
             yield (), f"{self.kind} is of probabilities; it needs affinity softmax"
 
+    def _tokens(self) -> str:
+        return f"tokens of {named(self.id)} {self.of}" if self.id else "tokens"
+
     def _valid(self, outcome: Outcome) -> Any:
         site = outcome.scored.site
         return site.valid & (site.ids[self.id] == self.of) if self.id else site.valid
@@ -49,6 +53,10 @@ class LocalEntropyLoss(_Entropy):
     """Mean entropy of a token's scores: low where the router is sure (LIMoE, Mustafa et al.)."""
 
     kind: Literal["local_entropy"] = "local_entropy"
+
+    def what(self, setting: Setting) -> str:
+        """Of which tokens."""
+        return f"the mean entropy of the scores of {self._tokens()}"
 
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The loss of this layer."""
@@ -63,6 +71,13 @@ class GlobalEntropyLoss(_Entropy):
         None, gt=0, le=1e7, description="experts to use at least: max(0, ln spread - entropy)"
     )
 
+    def what(self, setting: Setting) -> str:
+        """Of which tokens, and from where on it is satisfied."""
+        entropy = f"the entropy of the mean scores of {self._tokens()}"
+        if self.spread is None:
+            return f"minus {entropy}"
+        return f"what {entropy} lacks of ln {self.spread:g}"
+
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The loss of this layer."""
         return global_entropy(outcome.scored.scores, self._valid(outcome), self.spread)
@@ -74,6 +89,10 @@ class MutualInformationLoss(AuxiliaryLoss):
     kind: Literal["mutual_information"] = "mutual_information"
     id: IdName = Field(description="name of the ids that forward is given, e.g. task")
     count: int = Field(ge=1, le=10**6, description="how many ids there are")
+
+    def what(self, setting: Setting) -> str:
+        """Of which ids."""
+        return f"minus the mutual information of {self.count:,} {named(self.id)}s and experts"
 
     def ids(self) -> tuple[str, ...]:
         """The one it is named after."""

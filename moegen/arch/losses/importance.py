@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.importance import (
     cv_squared,
@@ -19,6 +20,7 @@ from moegen.ops.importance import (
 )
 from moegen.ops.losses import z_loss
 from moegen.spec.element import Path
+from moegen.spec.words import counted
 
 if TYPE_CHECKING:
     from moegen.arch.moe import MoE
@@ -31,6 +33,15 @@ class _Variation(AuxiliaryLoss):
         False, description="variance over E - 1 (FastMoE, Tutel, Mod-Squad), not over E"
     )
 
+    def _variation(self, setting: Setting) -> str:
+        """`the squared coefficient of variation, over 8 experts,`."""
+        inside = "inner " if setting.moe.experts.nested else ""
+        experts = counted(
+            setting.moe.total_experts if inside else setting.choices, f"{inside}expert"
+        )
+        unbiased = " and without bias" if self.unbiased else ""
+        return f"the squared coefficient of variation, over {experts}{unbiased},"
+
 
 class ImportanceLoss(_Variation):
     """CV^2 of each expert's sum of gates (Shazeer et al. 2017), or of clean scores (V-MoE)."""
@@ -40,12 +51,17 @@ class ImportanceLoss(_Variation):
         "gates", description="gates of the chosen; or scores of all, without noise"
     )
 
+    def what(self, setting: Setting) -> str:
+        """Of weights or of scores."""
+        of = "weights" if self.of == "gates" or setting.moe.experts.nested else "noiseless scores"
+        return f"{self._variation(setting)} of the sum of {of}"
+
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The loss of this layer; of the experts inside experts if there are any."""
         scored, routed, inside = outcome.scored, outcome.routed, outcome.inside
         if inside is not None:
             inner = dense_gates(
-                inside.routed.weights, inside.routed.choices, inside.scored.scores.shape[-1]
+                inside.routed.weights, inside.routed.choices, inside.scored.site.choices
             )
             sums = nested_importance(inside.outer, inner, inside.ends)
             return cv_squared(sums, self.unbiased)
@@ -69,6 +85,14 @@ class LoadLoss(_Variation):
     threshold: Literal["excluding", "kth"] = Field(
         "excluding", description="what an expert's logit must exceed"
     )
+
+    def what(self, setting: Setting) -> str:
+        """Against what."""
+        others = "the others" if self.threshold == "excluding" else "all"
+        return (
+            f"{self._variation(setting)} of the expected load if only the noise of one expert were "
+            f"drawn again, against the k-th best of {others}"
+        )
 
     def check(self, moe: MoE) -> Iterator[tuple[Path, str]]:
         """Normal noise, in every router whose choices are counted."""
@@ -104,6 +128,10 @@ class ZLoss(AuxiliaryLoss):
 
     kind: Literal["z"] = "z"
     needs_choices: ClassVar[bool] = False
+
+    def what(self, setting: Setting) -> str:
+        """Of all logits."""
+        return "the mean squared log-sum-exp of a token's logits"
 
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The loss of this layer's logits."""

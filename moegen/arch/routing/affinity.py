@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from moegen.arch.routing.routed import Site
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.sequences import softmax_over_tokens
 from moegen.spec.element import Kinds
@@ -27,6 +29,14 @@ class Softmax(Affinity):
 
     kind: Literal["softmax"] = "softmax"
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Over what."""
+        restrict = setting.router.restrict
+        over = f"the {setting.logits}"
+        if restrict and restrict.on_logits:
+            over = "the experts that the token may choose"
+        yield f"A softmax over {over} makes scores of them, which sum to one."
+
     def scores(self, b: Builder, logits: Any, site: Site) -> Any:
         """softmax over experts."""
         return logits.softmax(-1)
@@ -37,6 +47,10 @@ class Sigmoid(Affinity):
 
     kind: Literal["sigmoid"] = "sigmoid"
     sums_to_one: ClassVar[bool] = False
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Each alone."""
+        yield "A sigmoid makes a score from 0 to 1 of each logit by itself."
 
     def scores(self, b: Builder, logits: Any, site: Site) -> Any:
         """The logistic function of each logit."""
@@ -49,6 +63,10 @@ class SoftmaxOverTokens(Affinity):
     kind: Literal["softmax_over_tokens"] = "softmax_over_tokens"
     sums_to_one: ClassVar[bool] = False
     causal: ClassVar[bool] = False
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Over what."""
+        yield f"For each expert, a softmax over {setting.competing} makes scores, which sum to one."
 
     def scores(self, b: Builder, logits: Any, site: Site) -> Any:
         """softmax over the real tokens of a group."""

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from moegen.arch.routing.routed import Mixture, Routed, Scored
 from moegen.arch.routing.select import Selection
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.attention import at_most
 from moegen.ops.capacity import expert_capacity
@@ -44,13 +45,29 @@ class ExpertChoice(Selection):
         if self.factor * granularity > experts:
             yield ("factor",), f"factor is {self.factor} but there are only {experts} experts"
 
+    def slots(self, moe: Mixture, group: Any) -> Any:
+        """Tokens that each expert takes of a group, a whole number."""
+        slots = expert_capacity(group, moe.num_experts, self.factor * moe.granularity, minimum=1)
+        slots = at_most(slots, group)
+        return slots
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """How many each takes, and what that means for a token."""
+        slots = self.slots(setting.mixture, setting.group)
+        share = float(self.active(setting.mixture)) * setting.mixture.num_experts
+        yield (
+            f"Each of {setting.experts} takes, of {setting.competing}, the {slots:,} with the "
+            "highest scores for it."
+        )
+        yield f"So a token meets {share:g} of them on average, and perhaps none."
+        yield "Padding is taken last and adds nothing."
+
     def route(self, b: Builder, moe: Mixture, scored: Scored) -> Routed:
         """Each expert's best tokens; padding is taken last and weighs nothing."""
         experts, site = moe.num_experts, scored.site
         size = scored.tokens.shape[0]
         group = size if site.group is None else site.group
-        slots = expert_capacity(group, experts, self.factor * moe.granularity, minimum=1)
-        slots = at_most(slots, group)
+        slots = self.slots(moe, group)
         scores = scored.scores.transpose(0, 1)
         ranked = scored.ranked.transpose(0, 1)
         if scored.valid is not None:

@@ -8,9 +8,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moegen.arch.routing.routed import Scored
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.routing import kept_weights
 from moegen.spec.element import Element, Path
+from moegen.spec.words import article, counted
 
 
 class Gate(Element):
@@ -45,6 +47,43 @@ class Gate(Element):
             for name in ("after_drop", "eps", "power"):
                 if name in self.model_fields_set and getattr(self, name) not in (False, 1.0, 0.0):
                     yield (name,), f"{name} is for normalize: sum, not {self.normalize}"
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """How scores become weights, and what the task's loss can then teach the router."""
+        select = setting.router.select
+        if select.logits(setting.choices) != setting.choices or select.kind == "soft":
+            return  # slots are weighed by what selects
+        yield self._rule(setting)
+        certain = self.normalize in ("sum", "softmax_over_kept") and not self.blend
+        if self.normalize == "constant" or (certain and setting.chosen == 1 and not self.eps):
+            if certain:
+                yield f"Of one {setting.noun} that is 1."
+            yield "So the task's loss does not train the router."
+        if self.scale != 1.0:
+            yield f"Weights are multiplied by {self.scale:g}."
+        if self.blend:
+            yield "What weights lack of 1 is the weight of the token itself, which is added."
+
+    def _rule(self, setting: Setting) -> str:
+        noun, k = setting.noun, setting.chosen
+        score = f"The weight of {article(noun)} is the token's score for it"
+        if self.normalize == "none":
+            return f"{score}."
+        if self.normalize == "constant":
+            return f"The weight of {article(noun)} is 1."
+        if not k:
+            by = "number" if self.normalize == "count" else "sum of the scores"
+            return f"{score}, divided by the {by} of the experts that took the token."
+        if self.normalize == "softmax_over_kept":
+            return f"Weights are the softmax of the chosen logits, {k:,} a token."
+        by = "sum" if self.power == 1.0 else f"{self.power:g}-norm"
+        guard = f" plus {self.eps:g}" if self.eps else ""
+        those = f"its {counted(k, 'chosen score')}"
+        if self.after_drop:
+            those = "those of its choices that are not refused or skipped"
+        elif setting.mixture.capacity and k > 1:
+            those += ", refused ones included"
+        return f"{score}, divided by the {by}{guard} of {those}."
 
     def weights(self, b: Builder, scored: Scored, experts: Any) -> Any:
         """Weights [T, k] of the chosen experts [T, k]."""

@@ -28,4 +28,9 @@ def _name(name: str) -> str:
     return name
 
 
+def named(name: str) -> str:
+    """The name of some ids as sentences have it: `id`, or `task id`."""
+    return "id" if name == TOKEN else f"{name} id"
+
+
 IdName = Annotated[str, AfterValidator(_name)]

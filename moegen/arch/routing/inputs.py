@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
 
-from moegen.arch.routing.ids import IdName
+from moegen.arch.routing.ids import IdName, named
 from moegen.arch.routing.routed import Site
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.sequences import sequence_mean
 from moegen.spec.element import Kinds
@@ -34,6 +36,10 @@ class TokenInput(RouterInput):
 
     kind: Literal["token"] = "token"
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What is seen."""
+        yield f"The router sees each token by itself, {setting.width:,} numbers."
+
 
 class SentenceInput(RouterInput):
     """The mean of the sequence's real tokens, so that they all meet the same experts.
@@ -43,6 +49,10 @@ class SentenceInput(RouterInput):
 
     kind: Literal["sentence"] = "sentence"
     causal: ClassVar[bool] = False
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What is seen."""
+        yield "The router sees the mean of its sequence's real tokens in place of each token."
 
     def seen(self, b: Builder, tokens: Any, site: Site) -> Any:
         """The same vector for all tokens of a sequence."""
@@ -66,6 +76,11 @@ class IdInput(RouterInput):
     def ids(self) -> tuple[str, ...]:
         """The one it is named after."""
         return (self.id,)
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What is seen."""
+        vector = f"a learned vector of the token's {named(self.id)}, one of {self.count:,}"
+        yield f"The router sees {vector}, and not the token."
 
     def seen(self, b: Builder, tokens: Any, site: Site) -> Any:
         """The vector of each token's id."""

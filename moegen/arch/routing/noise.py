@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from moegen.arch.routing.routed import Site
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.noise import gaussian_noise, gumbel_noise, jitter, uniform_noise
 from moegen.spec.element import Kinds, Path
@@ -32,6 +33,11 @@ class Noise(Kinds):
         """logits [T, E] of what was seen [T, d], noisy; and the deviation of normal noise."""
         return logits, None
 
+    def _added(self, what: str) -> str:
+        """The sentence of noise on logits, and for whom it is there."""
+        seen = "for selection alone" if self.selection_only else "for selection and weights"
+        return f"In training only, {what} is added to the logits, {seen}."
+
 
 class _InputNoise(Noise):
     """Noise on the input reaches the gates, so the field that says otherwise has no use."""
@@ -50,6 +56,11 @@ class Jitter(_InputNoise):
     kind: Literal["jitter"] = "jitter"
     eps: float = Field(0.01, gt=0, lt=1, description="half width of the uniform factor")
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """How wide."""
+        factor = f"random factor from {1 - self.eps:g} to {1 + self.eps:g}"
+        yield f"In training only, each number that the router sees is multiplied by a {factor}."
+
     def on_input(self, b: Builder, tokens: Any) -> Any:
         """Jittered in training."""
         return jitter(tokens, self.eps, b.training)
@@ -62,6 +73,10 @@ class InputDropout(_InputNoise):
 
     kind: Literal["dropout"] = "dropout"
     rate: float = Field(0.1, gt=0, lt=1, description="share of the input's numbers left out")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """How much."""
+        yield f"In training only, dropout of {self.rate:g} is on what the router sees."
 
     def on_input(self, b: Builder, tokens: Any) -> Any:
         """Dropped out in training."""
@@ -81,9 +96,18 @@ class GaussianNoise(Noise):
         if not isinstance(self.std, str) and not 0 < self.std <= 1e4:
             yield ("std",), f"std is {self.std:g} but must be above 0 and at most 10000"
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Of which deviation."""
+        std = self.deviation(setting.router.select.logits(setting.choices))
+        yield self._added(f"Gaussian noise of standard deviation {std:.4g}")
+
+    def deviation(self, choices: int) -> float:
+        """The standard deviation, a number."""
+        return 1 / choices if isinstance(self.std, str) else self.std
+
     def on_logits(self, b: Builder, logits: Any, seen: Any, site: Site) -> tuple[Any, Any]:
         """Of one deviation for all experts."""
-        std = 1 / site.choices if isinstance(self.std, str) else self.std
+        std = self.deviation(site.choices)
         return gaussian_noise(logits, std, b.training), std
 
 
@@ -92,6 +116,11 @@ class LearnedNoise(Noise):
 
     kind: Literal["learned"] = "learned"
     floor: float = Field(0.01, ge=0, le=10, description="added to s; the paper has 0")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Of which deviation."""
+        floor = f", at least {self.floor:g}" if self.floor else ""
+        yield self._added(f"Gaussian noise of a learned standard deviation, softplus(x W){floor},")
 
     def on_logits(self, b: Builder, logits: Any, seen: Any, site: Site) -> tuple[Any, Any]:
         """A matrix of its own, from zeros, gives every deviation."""
@@ -113,6 +142,10 @@ class UniformNoise(Noise):
         if self.low >= self.high:
             yield ("high",), f"high is {self.high:g} but must be above low, {self.low:g}"
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """How wide."""
+        yield self._added(f"uniform noise from {self.low:g} to {self.high:g}")
+
     def on_logits(self, b: Builder, logits: Any, seen: Any, site: Site) -> tuple[Any, Any]:
         """Independent for every token and expert."""
         return uniform_noise(logits, self.low, self.high, b.training), None
@@ -123,6 +156,10 @@ class GumbelNoise(Noise):
 
     kind: Literal["gumbel"] = "gumbel"
     selection_only: bool = Field(True, description="gates see the logits without the noise")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What follows from it."""
+        yield self._added("Gumbel noise")
 
     def on_logits(self, b: Builder, logits: Any, seen: Any, site: Site) -> tuple[Any, Any]:
         """The best of logits + Gumbel noise is a sample."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from moegen.arch.routing.ids import TOKEN, IdName
+from moegen.arch.routing.ids import TOKEN, IdName, named
 from moegen.arch.routing.routed import Site
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.routing import top_k
 from moegen.ops.scores import partition
 from moegen.ops.tables import visible_experts
 from moegen.spec.element import Kinds, Path
+from moegen.spec.words import counted, listed
 
 
 class Restriction(Kinds):
@@ -65,6 +68,15 @@ class Groups(Restriction):
             sentence = f"{self.keep} x {size} experts are fewer than the {chosen} that are chosen"
             yield ("keep",), sentence
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Which groups, and which are best."""
+        size = setting.choices // self.groups
+        scores = setting.ranked
+        best = f"sum of the two best {scores}" if self.by == "top2_sum" else f"best of {scores}"
+        keep = "group" if self.keep == 1 else f"{self.keep} groups"
+        yield f"The {setting.experts} form {counted(self.groups, 'group')} of {size:,}."
+        yield f"A token may choose from the {keep} with the highest {best}."
+
     def allowed(self, b: Builder, scores: Any, site: Site) -> Any:
         """Minus infinity outside the best `keep` groups."""
         grouped = scores.unflatten(-1, (self.groups, -1))
@@ -102,6 +114,15 @@ class Visible(Restriction):
                 yield (name,), f"{name} is {seen} but there are only {experts} experts"
             if seen < chosen:
                 yield (name,), f"{name} is {seen}, fewer than the {chosen} that are chosen"
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """How many each id sees."""
+        rare = f"{self.rare:,}, drawn once with seed {self.seed}"
+        yield f"A token may choose from the experts that its id sees, of {setting.experts}."
+        yield (
+            f"Frequent ids, which make up {100 * self.coverage:g} % of text by Zipf's law, see "
+            f"{self.frequent:,} and rare ones {rare}."
+        )
 
     def allowed(self, b: Builder, scores: Any, site: Site) -> Any:
         """Minus infinity where the token's id does not see the expert."""
@@ -142,6 +163,16 @@ class Partition(Restriction):
                 yield ("experts", index), sentence
         if sum(self.experts) != experts:
             yield ("experts",), f"the parts have {sum(self.experts)} experts, the layer {experts}"
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Which are whose."""
+        ends = list(itertools.accumulate(self.experts))
+        parts = [
+            f"{stop - size}{f' to {stop - 1}' if size > 1 else ''} for id {index}"
+            for index, (size, stop) in enumerate(zip(self.experts, ends, strict=True))
+        ]
+        whose = f"experts of its {named(self.id)}"
+        yield f"A token may choose from the {whose} alone: {listed(parts, 'and')}."
 
     def allowed(self, b: Builder, scores: Any, site: Site) -> Any:
         """Minus infinity outside the id's own experts."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from moegen.arch.routing.affinity import Affinity, Softmax
 from moegen.arch.routing.gate import Gate
-from moegen.arch.routing.ids import IdName
+from moegen.arch.routing.ids import IdName, named
 from moegen.arch.routing.inputs import RouterInput, TokenInput
 from moegen.arch.routing.noise import Noise
 from moegen.arch.routing.restrict import Restriction
@@ -18,6 +18,7 @@ from moegen.arch.routing.routed import Scored, Site
 from moegen.arch.routing.score import LinearScore, Score
 from moegen.arch.routing.select import Selection
 from moegen.arch.routing.token_choice import TopK
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.spec.element import Element, OneOf, Path
 
@@ -32,12 +33,27 @@ class BalanceBias(Element):
 
     rate: float = Field(0.001, ge=0, le=1, description="how far the bias moves in a step")
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What it is added to, and how it moves."""
+        yield f"A bias of each {setting.noun} is added to its score, for selection alone."
+        if self.rate:
+            yield (
+                f"After a training step, update_balance moves it by {self.rate:g}: up where the "
+                "load was below the mean, down where above."
+            )
+        else:
+            yield "Its rate is 0, so it stays where it is."
+
 
 class Gates(Element):
     """Router weights of their own for each id, such as a task (MMoE 2018, Mod-Squad 2023)."""
 
     id: IdName = Field(description="name of the ids that forward is given, e.g. task")
     count: int = Field(ge=1, le=10**6, description="how many ids, so how many gates, there are")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Whose weights they are."""
+        yield f"Each {named(self.id)} has router weights of its own, {self.count:,} sets in all."
 
 
 class Router(Element):
@@ -50,11 +66,11 @@ class Router(Element):
     score: Annotated[Score, OneOf(Score)] = Field(
         LinearScore(), description="logits of experts for tokens"
     )
-    affinity: Annotated[Affinity, OneOf(Affinity)] = Field(
-        Softmax(), description="scores from logits"
-    )
     noise: Annotated[Noise | None, OneOf(Noise, optional=True)] = Field(
         None, description="exploration in training"
+    )
+    affinity: Annotated[Affinity, OneOf(Affinity)] = Field(
+        Softmax(), description="scores from logits"
     )
     balance_bias: BalanceBias | None = Field(
         None, description="bias for selection, balanced without a loss"
@@ -107,6 +123,12 @@ class Router(Element):
         for name in names:
             if getattr(self, name):
                 yield (name,), f"{name} is for tokens that choose, not for {kind}"
+
+    def parts(self) -> Iterator[tuple[str, Element]]:
+        """The parts it has by name, in a token's order."""
+        for name in type(self).model_fields:
+            if isinstance(part := getattr(self, name), Element):
+                yield name, part
 
     def ids(self) -> tuple[str, ...]:
         """Names of the ids that its parts read, each once."""

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from moegen.arch.init import ZEROS, normal
-from moegen.arch.routing.ids import TOKEN
+from moegen.arch.routing.ids import TOKEN, named
 from moegen.arch.routing.routed import Site
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.graph.component import Init
 from moegen.ops.scores import distances, table_logits, unit
 from moegen.ops.tables import balanced_zipf_table, random_table
 from moegen.spec.element import Kinds, Path
+from moegen.spec.words import counted, listed
 
 
 class Score(Kinds):
@@ -43,6 +45,20 @@ class LinearScore(Score):
     per_site: ClassVar[bool] = True
     bias: bool = Field(False, description="whether the logits have a learned bias")
     cap: float | None = Field(None, gt=0, description="bound of the logits: cap * tanh(l / cap)")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Which matrix, and what is done to its logits."""
+        of, gates = "", setting.router.gates
+        if setting.inside:
+            of = " of the row's expert"
+        elif gates:
+            of = f" of the token's {named(gates.id)}, one of {gates.count:,},"
+        what = "matrix and a bias" if self.bias else "matrix"
+        precision = setting.spec.precision.router
+        verb = "give" if self.bias else "gives"
+        yield f"A learned {what}{of} {verb} each of {setting.logits} a logit, in {precision}."
+        if self.cap:
+            yield f"Logits l are bounded: {self.cap:g} tanh(l / {self.cap:g})."
 
     def logits(self, b: Builder, tokens: Any, site: Site) -> Any:
         """A matrix of one row an expert."""
@@ -78,6 +94,24 @@ class CosineScore(Score):
         if self.bias and self.dim is None:
             yield ("bias",), "bias is that of the projection; give dim too"
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What is compared, and how it is sharpened."""
+        precision, vector = setting.spec.precision.router, "the token's vector"
+        if self.dim:
+            bias = ", with a bias" if self.bias else ""
+            yield f"A learned matrix projects the input to {counted(self.dim, 'number')}{bias}."
+            vector = "the projection"
+        compared = f"the cosine of {vector} and its own learned vector"
+        if self.normalize == "experts":
+            compared = f"the product of {vector} and its own learned vector of length one"
+        yield f"The logit of each of {setting.logits} is {compared}, in {precision}."
+        t = f"number that starts at {self.start:g}"
+        if self.temperature == "exp":
+            t = f"factor that starts at {1 / self.start:.4g} and is at most 100"
+        verb = "divided" if self.temperature == "divide" else "multiplied"
+        if self.temperature != "none":
+            yield f"Logits are {verb} by a learned {t}."
+
     def logits(self, b: Builder, tokens: Any, site: Site) -> Any:
         """Cosines, sharpened."""
         dtype = b.spec.precision.router_dtype
@@ -108,6 +142,17 @@ class _DensityScore(Score):
 
     learned_scale: bool = Field(True, description="whether each expert's scale is learned")
     priors: bool = Field(True, description="whether each expert's prior weight is learned")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Which densities, and what of them is learned."""
+        learned = ["mean"]
+        learned += ["scale"] if self.learned_scale else []
+        learned += ["prior"] if self.priors else []
+        precision, density = setting.spec.precision.router, self.kind.capitalize()
+        yield (
+            f"The logit of each of {setting.logits} is the logarithm of its {density} density at "
+            f"the token, in {precision}; each has a learned {listed(learned, 'and')}."
+        )
 
     def logits(self, b: Builder, tokens: Any, site: Site) -> Any:
         """Logarithms of joint densities, without what is the same for all experts."""
@@ -164,6 +209,16 @@ class TableScore(Score):
         "random", description="any expert for each id, or even load under Zipf's law of ids"
     )
     seed: int = Field(42, ge=0, lt=2**31, description="of random tables")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """How the table is made."""
+        ids = counted(setting.spec.model.vocab_size, "token id")
+        made = {
+            "random": f"drawn with seed {self.seed}",
+            "balanced": "so that loads are even if ids follow Zipf's law",
+        }[self.by]
+        yield f"A fixed table names one of {setting.experts} for each of {ids}, {made}."
+        yield "It is not learned."
 
     def ids(self) -> tuple[str, ...]:
         """The model's own input."""

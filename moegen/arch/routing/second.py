@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
+from moegen.arch.setting import Setting, either
 from moegen.graph.builder import Builder
 from moegen.ops.second import skip_choices
 from moegen.spec.element import Element
@@ -40,6 +42,25 @@ class SecondChoices(Element):
     def skips(self) -> bool:
         """Whether anything may be skipped."""
         return bool({self.policy, self.eval_policy} - {"all", "sampling"})
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """What becomes of them, in training and else."""
+        fate = either(self._fate(self.policy), self._fate(self.eval_policy))
+        which = "second choices" if setting.chosen == 2 else "choices after the first"
+        yield f"Of {which}: {fate}."
+        if self.skips and setting.mixture.capacity:
+            slots = "takes up a slot all the same" if self.takes_slot else "takes up no slot"
+            yield f"One that is skipped {slots}."
+
+    def _fate(self, policy: Policy) -> str:
+        """What becomes of a choice under a policy."""
+        return {
+            "all": "all are taken",
+            "none": "none is taken",
+            "threshold": f"those with a weight above {self.threshold:g} are taken",
+            "random": f"each is taken with probability weight / {self.threshold:g}, at most 1",
+            "sampling": "the expert is drawn by the softmax of the others' logits",
+        }[policy]
 
     def kept(self, b: Builder, experts: Any, weights: Any, nowhere: int) -> Any:
         """experts [T, k], `nowhere` where a choice after the first is skipped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +11,10 @@ from pydantic import Field
 
 from moegen.arch.routing.routed import Mixture, Routed, Scored
 from moegen.arch.routing.select import Selection
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.sequences import softmax_over_tokens
+from moegen.spec.words import counted
 
 
 class Soft(Selection):
@@ -28,6 +31,20 @@ class Soft(Selection):
     tokens_choose: ClassVar[bool] = False
     takes_groups: ClassVar[tuple[str, ...]] = ("sequence",)
     slots: int = Field(1, ge=1, le=10**6, description="slots of each expert for a sequence")
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Both averages."""
+        slots = counted(self.slots, "slot")
+        yield f"Each of {setting.experts} has {slots} for a sequence."
+        yield (
+            "A slot holds the average of all tokens of the sequence, weighted by a softmax of its "
+            "logits over them."
+        )
+        yield (
+            f"A token's output is the average of all {setting.logits}' outputs, weighted by the "
+            "token's scores."
+        )
+        yield "Nothing is chosen and nothing is refused; padding has no weight."
 
     def logits(self, experts: int) -> int:
         """One for each slot."""

@@ -12,6 +12,7 @@ from pydantic import Field
 from moegen.arch.routing.routed import Mixture, Routed, Scored
 from moegen.arch.routing.second import SecondChoices
 from moegen.arch.routing.select import Selection
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.experts import combine, gather_rows
 from moegen.ops.routing import (
@@ -56,7 +57,8 @@ class TokenChoice(Selection):
     def route(self, b: Builder, moe: Mixture, scored: Scored) -> Routed:
         """Choose, weigh, refuse what is beyond capacity, and sort by expert."""
         nowhere = moe.num_choices
-        choices = experts = self.choose(b, moe, scored)
+        experts = self.choose(b, moe, scored)
+        choices = experts
         gate, path = moe.router.gate, (*moe.at, "router", "gate")
         refuses = scored.valid is not None and moe.capacity is not None
         rerouted = refuses and moe.capacity.overflow == "next"  # type: ignore[union-attr]
@@ -74,7 +76,7 @@ class TokenChoice(Selection):
                 dropped = torch.zeros((), device=load.device)
             if refuses:
                 experts, dropped = self._within_capacity(b, moe, scored, experts, weights, load)
-                experts = self.granted(b, moe, experts, weights)
+            experts = self.granted(b, moe, experts, weights)
         if gate.normalize == "sum" and gate.after_drop:
             weights = b.inline(gate, "over_kept", weights, experts, nowhere, path=path)
         return self._dispatched(b, moe, scored, choices, experts, weights, load, dropped)
@@ -89,7 +91,9 @@ class TokenChoice(Selection):
     def _rerouted(self, b: Builder, moe: Mixture, scored: Scored, load: Any) -> tuple[Any, Any]:
         assert moe.capacity is not None
         path = ("capacity",)
-        return b.inline(moe.capacity, "rerouted", scored, moe.num_experts, load, path=path)  # type: ignore[no-any-return]
+        return b.inline(  # type: ignore[no-any-return]
+            moe.capacity, "rerouted", scored, moe.num_experts, load, path=path
+        )
 
     def _within_capacity(
         self, b: Builder, moe: Mixture, scored: Scored, experts: Any, weights: Any, load: Any
@@ -139,7 +143,9 @@ class TokenChoice(Selection):
         """How much of a token itself its output holds, [T] or None."""
         gate, capacity = moe.router.gate, moe.capacity
         if gate.blend:
-            return 1 - weights.masked_fill(kept >= moe.num_experts, 0).sum(-1)
+            refusing = kept is not choices
+            given = weights.masked_fill(kept >= moe.num_experts, 0) if refusing else weights
+            return 1 - given.sum(-1)
         refused = capacity is not None and capacity.overflow == "input"
         identity = moe.num_choices - moe.num_experts
         if refused and scored.valid is not None:
@@ -169,6 +175,23 @@ class TopK(TokenChoice):
             yield ("second",), "k is 1, so there are no second choices"
         if self.second and self.second.draws and self.k != 2:
             yield ("second",), f"sampling draws one second expert, but k is {self.k}"
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """How many of how many, by what, and what becomes of choices after the first."""
+        router = setting.router
+        by = setting.ranked
+        of = f"of {setting.experts}"
+        of += " that it may choose from" if router.restrict else ""
+        if not router.score.learned:
+            yield f"Each token takes the one expert that is named for it, {of}."
+        elif setting.chosen == 1:
+            yield f"Each token takes the one with the highest {by.removesuffix('s')} {of}."
+        else:
+            yield f"Each token takes the {setting.chosen:,} with the highest {by} {of}."
+        if setting.mixture.granularity > 1:
+            yield f"That is k = {self.k:,} times the granularity, {setting.mixture.granularity:,}."
+        if self.second:
+            yield from self.second.says(setting)
 
     def chosen(self, granularity: int, experts: int) -> int:
         """k, times the granularity."""
@@ -208,6 +231,10 @@ class AllExperts(TokenChoice):
 
     kind: Literal["all"] = "all"
 
+    def says(self, setting: Setting) -> Iterator[str]:
+        """All."""
+        yield f"Each token takes all {setting.experts}."
+
     def chosen(self, granularity: int, experts: int) -> int:
         """All there are."""
         return experts
@@ -227,6 +254,14 @@ class Balanced(TokenChoice):
 
     kind: Literal["balanced"] = "balanced"
     causal: ClassVar[bool] = False
+
+    def says(self, setting: Setting) -> Iterator[str]:
+        """Which assignment is best."""
+        yield (
+            f"In training {setting.competing} are spread evenly over {setting.experts}, one each, "
+            "so that the sum of their scores is the highest there is."
+        )
+        yield "In evaluation and decoding each token takes the one with the highest score."
 
     def chosen(self, granularity: int, experts: int) -> int:
         """One."""

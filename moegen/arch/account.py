@@ -1,0 +1,116 @@
+"""Accounts: what happens to a token in each routed layer of a spec, as the layer's parts say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moegen.arch.mixture_rules import leaks
+from moegen.arch.moe import MoE
+from moegen.arch.setting import Setting
+from moegen.arch.spec import Spec
+from moegen.graph.builder import Trace
+from moegen.spec.element import Element
+
+# The sections of a MoE in a token's order; the router's parts are in theirs.
+ORDER = ("router", "capacity", "experts", "shared", "residual", "extra", "losses")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one part of a layer says: its section below `moe`, its kind if it is of a family."""
+
+    part: str
+    kind: str | None
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Account:
+    """Layers that route alike, what they are, and what their parts say in a token's order."""
+
+    layers: tuple[int, ...]
+    title: str
+    parts: tuple[Said, ...]
+
+
+def accounts(spec: Spec, batch: int, sequence: int) -> list[Account]:
+    """An account of every distinct routed layer, with the numbers of a batch of sequences."""
+    alike: dict[tuple[str, tuple[Said, ...]], list[int]] = {}
+    model: Any = spec.model
+    used = _parameters(spec)
+    for layer, moe, _ in model.routed():
+        last = Said("parameters", None, (_used(moe, *used[layer]),))
+        parts = (*account_of(Setting(spec, moe, batch, sequence)), last)
+        alike.setdefault((moe.describe(spec), parts), []).append(layer)
+    return [Account(tuple(layers), title, parts) for (title, parts), layers in alike.items()]
+
+
+def account_of(setting: Setting) -> Iterator[Said]:
+    """What the parts of one layer say, in a token's order."""
+    for name, part in _parts(setting.moe):
+        said = tuple(part.says(setting))
+        if said:
+            yield Said(name, getattr(part, "kind", None), said)
+    yield Said("decoding", None, tuple(_decoding(setting.moe)))
+    yield Said("causality", None, tuple(_causality(setting.moe)))
+
+
+def _parts(moe: MoE) -> Iterator[tuple[str, Element]]:
+    for section in ORDER:
+        part = getattr(moe, section)
+        if section == "router":
+            yield from ((f"router.{name}", one) for name, one in part.parts())
+        elif section == "losses":
+            yield from ((f"losses.{name}", one) for name, one in part.items())
+        elif section == "capacity" and part is None:
+            yield section, moe
+        elif part is not None:
+            yield section, part
+            if section == "experts" and part.nested:
+                yield "experts.nested", part.nested
+
+
+def _decoding(moe: MoE) -> Iterator[str]:
+    """How `step` differs from `forward`, as far as parts are left out of it."""
+    nested = moe.experts.nested
+    without = ["noise"] if moe.router.noise or (nested and nested.router.noise) else []
+    without += ["capacity"] if moe.capacity else []
+    if without:
+        yield f"Decoding has no {' and no '.join(without)}."
+    causal = moe.router.select.causal and moe.router.input.causal
+    if not causal and moe.router.select.kind != "balanced":
+        yield "Decoding routes the new tokens of a step among themselves."
+    elif not without:
+        yield "Decoding routes as evaluation does."
+
+
+def _causality(moe: MoE) -> Iterator[str]:
+    """Whether later tokens have a say in what becomes of a token."""
+    found = [sentence for _, sentence in leaks(moe)]
+    for sentence in found:
+        yield f"Not causal: {sentence}."
+    if not found:
+        yield "Causal: what becomes of a token does not depend on later ones."
+
+
+def _parameters(spec: Spec) -> dict[int, tuple[int, int]]:
+    """By layer, how many parameters its routed branch has and how many of them a token uses."""
+    root = Trace(spec).component(spec.model, ("model",), "other")
+    found: dict[int, tuple[int, int]] = {}
+    for name, component in root.walk():
+        where = name.split(".")
+        if where[0] == "layers" and where[2:] in (["moe"], ["extra"]):
+            total, active = found.get(int(where[1]), (0, 0))
+            for count, used, _ in component.totals().values():
+                total, active = total + count, active + used
+            found[int(where[1])] = (total, active)
+    return found
+
+
+def _used(moe: MoE, total: int, active: int) -> str:
+    varies = moe.experts.free or not moe.router.select.tokens_choose
+    average = " on average" if varies and active < total else ""
+    many = "all" if active == total else f"{active:,}"
+    return f"A token uses {many} of the layer's {total:,} parameters{average}."
