@@ -63,10 +63,10 @@ def test_extra_layers_stand_at_even_distances(name: str) -> None:
     placement = Placement.model_validate(given)
     assert list(placement.inserted(depth)) == wanted
     assert placement.of(depth) == ()
-    stack = ["own"] * depth
-    for index in placement.inserted(depth):
-        stack.insert(index, "extra")
-    assert [i for i, kind in enumerate(stack) if kind == "extra"] == wanted
+    layers = imported(source(depth, given)).Model().layers
+    assert [i for i, layer in enumerate(layers) if hasattr(layer, "moe")] == wanted
+    assert [i for i, layer in enumerate(layers) if not hasattr(layer, "attention")] == wanted
+    assert len(layers) == depth + len(wanted)
 
 
 @pytest.mark.parametrize("depth", range(1, 30))
