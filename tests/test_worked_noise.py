@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from worked_numbers import Case, Draws, Layer, gates, same, tensor, worked
+from worked_numbers import Case, Draws, Layer, gates, same, worked
 
 NOISY = {"noise": "learned", "select": 2, "gate": "softmax_over_kept"}
 BOTH = {"importance": 0.1, "load": 0.1}

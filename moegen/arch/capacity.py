@@ -45,6 +45,9 @@ class Capacity(Element):
         "nothing", description="what is rounded first: tokens / experts, or factor * tokens"
     )
     multiple: int = Field(1, ge=1, le=10**6, description="slots are raised to a multiple of this")
+    multiple_above: int = Field(
+        0, ge=0, le=10**6, description="only if there are more than so many (praxis: 1)"
+    )
     at_most_tokens: bool = Field(
         False, description="before the minimum, no more slots than tokens (Mesh-TF)"
     )
@@ -75,10 +78,12 @@ class Capacity(Element):
             yield ("eval_share",), "eval_factor says already how many there are in evaluation"
         if self.slots is not None:
             others = {"factor", "eval_factor", "eval_share", "convention", "rounding"}
-            others |= {"round_first", "minimum", "multiple", "at_most_tokens"}
+            others |= {"round_first", "minimum", "multiple", "multiple_above", "at_most_tokens"}
             for name in sorted(others & self.model_fields_set):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     yield (name,), f"slots says already how many there are, so {name} has no say"
+        if self.multiple_above and self.multiple == 1:
+            yield ("multiple_above",), "nothing is raised to a multiple; give multiple too"
         if "passes" in self.model_fields_set and self.overflow != "next":
             yield ("passes",), f"passes is for overflow: next, not {self.overflow}"
 
@@ -159,7 +164,9 @@ class Capacity(Element):
         parts.append({"floor": "rounded down", "ceil": "rounded up"}.get(self.rounding, "rounded"))
         parts += ["at most one a token"] if self.at_most_tokens else []
         parts += [f"at least {self.minimum:,}"] if self.minimum else []
-        parts += [f"raised to a multiple of {self.multiple:,}"] if self.multiple > 1 else []
+        above = f" if above {self.multiple_above:,}" if self.multiple_above else ""
+        raised = f"raised to a multiple of {self.multiple:,}{above}"
+        parts += [raised] if self.multiple > 1 else []
         if self.eval_share is not None:
             parts[-1] += f"; in evaluation {self.eval_share:g} times all tokens, rounded up"
         other = isinstance(self.eval_factor, float) and self.eval_factor != self.factor
@@ -231,6 +238,8 @@ class Capacity(Element):
             options["minimum"] = self.minimum
         if self.multiple != 1:
             options["multiple"] = self.multiple
+        if self.multiple_above:
+            options["multiple_above"] = self.multiple_above
         if self.round_first == "tokens_up" and per_choice and chosen > 1:
             options["times_first"] = chosen
             choices = tokens

@@ -30,12 +30,13 @@ def expert_capacity(
     maximum: int | None = None,
     minimum: int = 0,
     multiple: int = 1,
+    multiple_above: int = 0,
 ) -> int:
     """Slots of each expert: factor * rows / experts, rounded, between maximum and minimum.
 
     `rows` counts tokens or choices, as the convention says; round_first rounds rows / experts, or
     factor * rows (then `times_first`), before the rest. What is rounded is taken `times`, bounded,
-    and raised to a `multiple`.
+    and raised to a `multiple` if it is above `multiple_above`.
     """
     if round_first == "share_down":
         exact = factor * (rows // experts)
@@ -49,7 +50,7 @@ def expert_capacity(
     if maximum is not None:
         slots = min(slots, maximum)
     slots = max(slots, minimum)
-    return -(-slots // multiple) * multiple
+    return -(-slots // multiple) * multiple if slots > multiple_above else slots
 
 
 @op()

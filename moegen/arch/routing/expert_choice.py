@@ -34,6 +34,9 @@ class ExpertChoice(Selection):
     tokens_choose: ClassVar[bool] = False
     takes_groups: ClassVar[tuple[str, ...]] = ("batch", "sequence")
     factor: float = Field(2.0, gt=0, le=10**6, description="experts a token meets on average")
+    round_first: Literal["nothing", "share_down"] = Field(
+        "nothing", description="what is rounded before the factor: tokens / experts (praxis)"
+    )
 
     def active(self, moe: Mixture) -> Fraction:
         """As many of E as the capacity factor says, on average."""
@@ -47,7 +50,11 @@ class ExpertChoice(Selection):
 
     def slots(self, moe: Mixture, group: Any) -> Any:
         """Tokens that each expert takes of a group, a whole number."""
-        slots = expert_capacity(group, moe.num_experts, self.factor * moe.granularity, minimum=1)
+        factor = self.factor * moe.granularity
+        options: dict[str, Any] = {"minimum": 1}
+        if self.round_first != "nothing":
+            options["round_first"] = self.round_first
+        slots = expert_capacity(group, moe.num_experts, factor, **options)
         slots = at_most(slots, group)
         return slots
 
