@@ -183,6 +183,8 @@ def estimate(spec: str, overrides: tuple[str, ...], as_json: bool, **workload: A
     show_default=True,
     help="A table, or a picture for Markdown or Graphviz.",
 )
+@click.option("--routing", is_flag=True, help="Tell what happens to a token in routed layers.")
+@click.option("--json", "as_json", is_flag=True, help="With --routing: print JSON.")
 def show(
     spec: str,
     path: str | None,
@@ -191,18 +193,39 @@ def show(
     style: str,
     batch: int,
     sequence: int | None,
+    routing: bool,
+    as_json: bool,
 ) -> None:
-    """Show the classes of SPEC, or the graph of one.
+    """Show the classes of SPEC, the graph of one, or its routing in words.
 
     PATH is a section of the spec, such as moe or model.moe.router, or the name of a class.
     """
     from moegen.api import plan
 
+    if routing:
+        if path is not None or style != "text" or program != "forward":
+            raise click.UsageError("--routing takes no PATH, --program or --format")
+        _tell_routing(spec, overrides, batch, sequence, as_json)
+        return
+    if as_json:
+        raise click.UsageError("--json is for --routing")
     made = plan(spec, overrides, batch=batch, sequence=sequence)
     if style == "text":
         _show_text(made, path, program)
     else:
         _show_picture(made, path, program, style)
+
+
+def _tell_routing(
+    spec: str, overrides: tuple[str, ...], batch: int, sequence: int | None, as_json: bool
+) -> None:
+    from moegen.report.routing import print_routing, routing_facts
+    from moegen.report.screen import console
+
+    if as_json:
+        _print_json(routing_facts(spec, overrides, batch, sequence))
+    else:
+        print_routing(console(), spec, overrides, batch, sequence)
 
 
 def _show_text(made: Plan, path: str | None, program: str) -> None:
@@ -286,6 +309,28 @@ def specs(count: bool) -> None:
     from moegen.report.screen import console
 
     print_specs(console(), counted=count)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def routing(name: str | None, as_json: bool) -> None:
+    """List what a routed layer can be made of, and presets; or tell of NAME in full.
+
+    NAME is a part (score), one of its kinds (cosine, score.cosine), or a preset (switch-base).
+    """
+    from moegen.plugins import load_installed
+    from moegen.report.parts import print_named, print_parts
+    from moegen.report.screen import console
+    from moegen.report.vocabulary import facts
+
+    load_installed()
+    if as_json:
+        _print_json(facts(name))
+    elif name:
+        print_named(console(), name)
+    else:
+        print_parts(console())
 
 
 def _print_json(facts: Any) -> None:

@@ -34,7 +34,7 @@ class Nested(Element):
 
     shorthand = "count"
 
-    count: int = Field(ge=1, le=10**6, description="inner experts of each expert")
+    count: int = Field(ge=1, le=10**6, description="inner experts of each expert", examples=[4])
     router: Router = Field(Router(), description="how rows of an expert find its inner ones")
 
     def rules(self) -> Iterator[tuple[Path, str]]:
@@ -70,8 +70,12 @@ class Experts(Element):
 
     shorthand = "count"
 
-    count: int = Field(ge=1, le=10**7, description="routed experts, before granularity")
-    width: int = Field(ge=1, le=10**7, description="hidden width, before granularity")
+    count: int = Field(
+        ge=1, le=10**7, description="routed experts, before granularity", examples=[8]
+    )
+    width: int = Field(
+        ge=1, le=10**7, description="hidden width, before granularity", examples=[1024]
+    )
     activation: Annotated[Activation, OneOf(Activation)] = Field(
         SwiGLU(), description="activation, e.g. swiglu, relu"
     )

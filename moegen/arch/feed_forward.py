@@ -22,7 +22,7 @@ class FeedForward(Layer):
 
     shorthand = "width"
 
-    width: int = Field(ge=1, le=10**7, description="hidden width")
+    width: int = Field(ge=1, le=10**7, description="hidden width", examples=[4096])
     activation: Annotated[Activation, OneOf(Activation)] = Field(
         SwiGLU(), description="activation, e.g. swiglu, relu"
     )

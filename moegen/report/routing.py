@@ -16,7 +16,7 @@ from moegen.spec.words import counted
 LONGEST = 4096  # tokens of a sequence, unless asked for
 
 
-def routing(source: Source, overrides: Overrides, batch: int, sequence: int | None) -> Any:
+def routing_facts(source: Source, overrides: Overrides, batch: int, sequence: int | None) -> Any:
     """The facts of every routed layer, as `show --routing --json` prints them."""
     spec, length = _loaded(source, overrides, sequence)
     return {

@@ -97,6 +97,8 @@ def _element_words(element: type[Element]) -> str:
 def _limits(kind: Any, limits: Iterable[Any]) -> str:
     if kind is str:
         return _lengths("characters", limits)
+    if kind in (bool, types.NoneType):
+        return ""
     bounds = {
         name: _round(getattr(one, name))
         for one in limits

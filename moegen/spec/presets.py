@@ -54,6 +54,12 @@ def about(section: str, name: str) -> About:
     return About.model_validate(_file(section, name, None, ()).data.get(ABOUT))
 
 
+def text(section: str, name: str) -> str:
+    """A preset's file as it is, with its comments."""
+    _file(section, name, None, ())
+    return (ROOT / section / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def read(section: str, name: str, asked: Mark | None = None, path: Path = ()) -> Tree:
     """What a preset puts into its section; an unknown name is an error at the place that asks."""
     tree = _file(section, name, asked, path)

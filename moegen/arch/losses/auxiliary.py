@@ -42,7 +42,9 @@ class AuxiliaryLoss(Kinds):
     needs_choices: ClassVar[bool] = True  # of tokens
     needs_learned: ClassVar[bool] = True  # scores
 
-    weight: float = Field(ge=0, le=1e6, description="coefficient in the total loss")
+    weight: float = Field(
+        ge=0, le=1e6, description="coefficient in the total loss", examples=[0.01]
+    )
     reduction: Literal["sum", "mean"] = Field("sum", description="over the routed layers")
 
     @property

@@ -155,7 +155,9 @@ class SequenceBalanceLoss(AuxiliaryLoss):
 class _DeviceLoss(AuxiliaryLoss):
     """Of groups of experts that stand on one device each."""
 
-    devices: int = Field(ge=1, le=10**6, description="groups of equal size that experts form")
+    devices: int = Field(
+        ge=1, le=10**6, description="groups of equal size that experts form", examples=[4]
+    )
 
     def check(self, moe: MoE) -> Iterator[tuple[Path, str]]:
         """Groups of equal size."""
@@ -190,7 +192,9 @@ class CommunicationBalanceLoss(_DeviceLoss):
     """As device balance, f being tokens that are sent to each device (DeepSeek-V2, 2024)."""
 
     kind: Literal["communication_balance"] = "communication_balance"
-    limit: int = Field(ge=1, le=10**6, description="devices that a token is sent to at most")
+    limit: int = Field(
+        ge=1, le=10**6, description="devices that a token is sent to at most", examples=[2]
+    )
 
     def what(self, setting: Setting) -> str:
         """As device balance, of what is sent."""

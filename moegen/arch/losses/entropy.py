@@ -87,8 +87,10 @@ class MutualInformationLoss(AuxiliaryLoss):
     """-I(id; expert): each id few experts, all ids together all (Mod-Squad, Chen et al. 2023)."""
 
     kind: Literal["mutual_information"] = "mutual_information"
-    id: IdName = Field(description="name of the ids that forward is given, e.g. task")
-    count: int = Field(ge=1, le=10**6, description="how many ids there are")
+    id: IdName = Field(
+        description="name of the ids that forward is given, e.g. task", examples=["task"]
+    )
+    count: int = Field(ge=1, le=10**6, description="how many ids there are", examples=[3])
 
     def what(self, setting: Setting) -> str:
         """Of which ids."""

@@ -70,8 +70,10 @@ class IdInput(RouterInput):
     shorthand = "id"
 
     kind: Literal["id"] = "id"
-    id: IdName = Field(description="name of the ids that forward is given; token: its own")
-    count: int = Field(ge=1, le=10**6, description="how many ids there are")
+    id: IdName = Field(
+        description="name of the ids that forward is given; token: its own", examples=["task"]
+    )
+    count: int = Field(ge=1, le=10**6, description="how many ids there are", examples=[3])
 
     def ids(self) -> tuple[str, ...]:
         """The one it is named after."""

@@ -47,8 +47,10 @@ class Groups(Restriction):
     """The best groups of experts only: DeepSeek-V2 (by max), DeepSeek-V3 (by top2_sum)."""
 
     kind: Literal["groups"] = "groups"
-    groups: int = Field(ge=1, description="groups of equal size that the experts form")
-    keep: int = Field(ge=1, description="groups a token may choose from")
+    groups: int = Field(
+        ge=1, description="groups of equal size that the experts form", examples=[4]
+    )
+    keep: int = Field(ge=1, description="groups a token may choose from", examples=[2])
     by: Literal["max", "top2_sum"] = Field("max", description="what ranks the groups")
 
     def rules(self) -> Iterator[tuple[Path, str]]:
@@ -97,7 +99,7 @@ class Visible(Restriction):
 
     kind: Literal["visible"] = "visible"
     on_logits: ClassVar[bool] = True
-    frequent: int = Field(ge=1, description="experts that a frequent id sees")
+    frequent: int = Field(ge=1, description="experts that a frequent id sees", examples=[4])
     rare: int = Field(1, ge=1, description="experts that a rare id sees")
     coverage: float = Field(0.8, gt=0, le=1, description="share of text that is frequent ids")
     seed: int = Field(0, ge=0, lt=2**31, description="of the drawing")
@@ -148,8 +150,12 @@ class Partition(Restriction):
 
     kind: Literal["partition"] = "partition"
     on_logits: ClassVar[bool] = True
-    id: IdName = Field(description="name of the ids that forward is given, e.g. modality")
-    experts: tuple[int, ...] = Field(min_length=1, description="experts of id 0, of id 1, ...")
+    id: IdName = Field(
+        description="name of the ids that forward is given, e.g. modality", examples=["modality"]
+    )
+    experts: tuple[int, ...] = Field(
+        min_length=1, description="experts of id 0, of id 1, ...", examples=[[4, 4]]
+    )
 
     def ids(self) -> tuple[str, ...]:
         """The one it is named after."""

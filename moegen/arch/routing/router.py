@@ -48,8 +48,12 @@ class BalanceBias(Element):
 class Gates(Element):
     """Router weights of their own for each id, such as a task (MMoE 2018, Mod-Squad 2023)."""
 
-    id: IdName = Field(description="name of the ids that forward is given, e.g. task")
-    count: int = Field(ge=1, le=10**6, description="how many ids, so how many gates, there are")
+    id: IdName = Field(
+        description="name of the ids that forward is given, e.g. task", examples=["task"]
+    )
+    count: int = Field(
+        ge=1, le=10**6, description="how many ids, so how many gates, there are", examples=[3]
+    )
 
     def says(self, setting: Setting) -> Iterator[str]:
         """Whose weights they are."""
