@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from worked_numbers import Case, Layer, gates, relu_experts, same, worked
+from worked_numbers import Case, Layer, gates, one_hot, relu_experts, same, worked
 
 FIRST = {"balance": {"weight": 1.0, "count": "first"}}
 SWITCH = {"select": 1}
@@ -169,11 +169,6 @@ def test_two_raw_gates_in_token_order(case: Case) -> None:
 @worked("vmoe-top2-cap3-bpr")
 def test_two_raw_gates_by_confidence(case: Case) -> None:
     case.holds(**v_moe(case, "confidence")[1])
-
-
-def one_hot(experts: list[int], count: int) -> Tensor:
-    """Logits whose best expert is the given one."""
-    return torch.nn.functional.one_hot(torch.tensor(experts), count).double()
 
 
 @worked("drop-towards-the-end")

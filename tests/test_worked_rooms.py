@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worked_numbers import Case, Layer, gates, same, worked
+from worked_numbers import Case, Layer, gates, one_hot, same, worked
 
 from moegen.arch.moe import MoE
 from moegen.arch.setting import Setting
@@ -173,7 +173,7 @@ BLOCKS = "block-sparse rows are those of a kernel; the emitted grouped product p
 def test_rows_are_sorted_by_expert(case: Case) -> None:
     experts = case["expert_of_assignment"]
     layer = gates({"select": 1}, 4)
-    layer.run(torch.nn.functional.one_hot(experts, 4).double())
+    layer.run(one_hot(experts.tolist(), 4))
     order, ends = layer.result("sort_by_expert")
     case.holds(sorted_indices=order, bin_ids=experts[order], bins=ends)
     case.holds(tokens_per_expert=layer.routing.load)
@@ -184,7 +184,7 @@ def test_rows_are_sorted_by_expert(case: Case) -> None:
     dropless_padding_to_block4=BLOCKS,
 )
 def test_dropless_against_capacity(case: Case) -> None:
-    logits = torch.nn.functional.one_hot(case["expert_of_assignment"], 4).double()
+    logits = one_hot(case.inputs["expert_of_assignment"], 4)
     rows = []
     for row in case.want("rows"):
         capacity = FORMULAS["megablocks_dropping"](row["cf"])

@@ -257,3 +257,31 @@ def linear_experts(layer: Layer, matrices: Tensor) -> Layer:
     up[:, :n, :width], up[:, n : 2 * n, :width] = matrices, -matrices
     down[:, range(n), range(n)], down[:, range(n), range(n, 2 * n)] = 1.0, -1.0
     return layer.set(up=up, down=down)
+
+
+@contextmanager
+def standing_in(package: ModuleType, **values: float | list[float]) -> Iterator[None]:
+    """Ops of an emitted package's model that give these values, a list's one after the other."""
+    code = package.model
+    own = {name: getattr(code, name) for name in values}
+
+    def stand_in(value: float | list[float]) -> Callable[..., Tensor]:
+        left = value if isinstance(value, list) else None
+
+        def op(*_: Any, **__: Any) -> Tensor:
+            return tensor(float(left.pop(0)) if left is not None else value)
+
+        return op
+
+    for name, value in values.items():
+        setattr(code, name, stand_in(list(value) if isinstance(value, list) else value))
+    try:
+        yield
+    finally:
+        for name, op in own.items():
+            setattr(code, name, op)
+
+
+def one_hot(experts: list[int], count: int) -> Tensor:
+    """Logits whose best expert is the given one."""
+    return torch.nn.functional.one_hot(torch.tensor(experts), count).double()
