@@ -84,7 +84,8 @@ class Setting:
         """What selection goes by."""
         noise = self.router.noise
         noisy = "noisy " if noise and noise.selection_only else ""
-        return f"{noisy}{'biased ' if self.router.balance_bias else ''}scores"
+        what = "logits" if self.router.select.by_logits else "scores"
+        return f"{noisy}{'biased ' if self.router.balance_bias else ''}{what}"
 
     @property
     def competing(self) -> str:

@@ -159,7 +159,9 @@ class Router(Element):
             logits = clean if noise.selection_only else noisy
         scores = b.inline(self.affinity, "scores", logits, site, path=(*at, "affinity"))
         ranked = scores
-        if noisy is not logits:
+        if self.select.by_logits:
+            ranked = noisy
+        elif noisy is not logits:
             ranked = b.inline(self.affinity, "scores", noisy, site, path=(*at, "affinity"))
         if self.balance_bias:
             ranked = ranked + self.bias(b, site.choices)

@@ -17,6 +17,7 @@ class Selection(Kinds):
     default_kind: ClassVar[str | None] = "top_k"
     causal: ClassVar[bool] = True
     tokens_choose: ClassVar[bool] = True  # and not experts, or slots
+    by_logits: ClassVar[bool] = False  # whether these, and not scores, are ranked
     takes_capacity: ClassVar[bool] = False
     takes_groups: ClassVar[tuple[str, ...]] = ("batch",)  # of tokens that compete
 

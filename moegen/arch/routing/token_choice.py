@@ -248,20 +248,21 @@ class AllExperts(TokenChoice):
 class Balanced(TokenChoice):
     """In training the assignment of one expert to each token that is best for all, loads equal.
 
-    BASE layers (Lewis et al. 2021, arXiv:2103.16716). In evaluation each token takes its best
-    expert. A token's expert depends on all tokens of the batch, so training is not causal.
+    BASE layers (Lewis et al. 2021, arXiv:2103.16716): best is the highest sum of logits. In
+    evaluation each token takes its best expert. A token's expert depends on all tokens of the batch, so training is not causal.
     """
 
     kind: Literal["balanced"] = "balanced"
     causal: ClassVar[bool] = False
+    by_logits: ClassVar[bool] = True
 
     def says(self, setting: Setting) -> Iterator[str]:
         """Which assignment is best."""
         yield (
             f"In training {setting.competing} are spread evenly over {setting.experts}, one each, "
-            "so that the sum of their scores is the highest there is."
+            f"so that the sum of their {setting.ranked} is the highest there is."
         )
-        yield "In evaluation and decoding each token takes the one with the highest score."
+        yield "In evaluation and decoding each token takes the one with the highest."
 
     def chosen(self, granularity: int, experts: int) -> int:
         """One."""
