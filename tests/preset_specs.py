@@ -10,7 +10,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "st-moe": {"extra": 48},
     "openmoe-8b": {"extra": 48},
     "openmoe": {"extra": 48},
-    "shazeer2017-hierarchical": {"experts": {"count": 4, "width": 32, "nested": 4}},
+    "shazeer2017-hierarchical": {"experts": {"count": 4, "width": 32, "nested": {"count": 4}}},
     "hme1994": {"experts": {"count": 2, "width": 32}},
     "task-moe": {"router": {"input": TASKS}},
     "mmoe": {"router": {"gates": TASKS}},
@@ -22,3 +22,11 @@ def tiny_over(name: str, layers: int = 6, **changes: Any) -> dict[str, Any]:
     moe = {"preset": name, "experts": EXPERTS, **SIZES.get(name, {}), **changes}
     shape = {"vocab_size": 256, "d_model": 64, "layers": layers, "max_sequence": 64, "ffn": 128}
     return {"name": "x", "model": {**shape, "attention": {"heads": 4}, "moe": moe}}
+
+
+def laid_over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = laid_over(out[key], value) if both else value
+    return out

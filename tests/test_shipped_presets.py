@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from preset_specs import tiny_over
+from preset_specs import laid_over, tiny_over
 
 import moegen
 from moegen.spec import presets
@@ -261,11 +261,3 @@ def test_what_notes_advise_can_be_said(name: str, piece: str) -> None:
         value = {key: value}
     before = moegen.load(tiny_over(name)).spec
     assert moegen.load(laid_over(tiny_over(name), value)).spec != before
-
-
-def laid_over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = laid_over(out[key], value) if both else value
-    return out
