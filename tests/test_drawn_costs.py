@@ -28,7 +28,18 @@ def mapping(**values: Any) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(drawn)
 
 
-ACTIVATIONS = ("swiglu", "geglu", "reglu", "clamped_swiglu", "relu", "relu2", "gelu", "silu")
+ACTIVATIONS = (
+    "swiglu",
+    "geglu",
+    "reglu",
+    "clamped_swiglu",
+    "relu",
+    "relu2",
+    "gelu",
+    "silu",
+    "cubic",
+    "linear",
+)
 ROPES = (
     *(None, {"theta": 100.0}, {"dim": 2}, {"layout": "interleaved"}),
     *({"scaling": "llama3"}, {"scaling": {"kind": "linear", "factor": 2.0}}),

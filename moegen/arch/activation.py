@@ -113,3 +113,25 @@ class SiLU(Activation):
     def apply(self, gate: Any, up: Any = None) -> Any:
         """x * sigmoid(x)."""
         return F.silu(gate)
+
+
+class Cubic(Activation):
+    """x^3 (Chen et al. 2022), whose experts specialise where linear ones do not."""
+
+    kind: Literal["cubic"] = "cubic"
+    gated: ClassVar[bool] = False
+
+    def apply(self, gate: Any, up: Any = None) -> Any:
+        """x^3."""
+        return gate**3
+
+
+class Identity(Activation):
+    """x itself: linear experts, as those of hierarchical mixtures (Jordan and Jacobs 1994)."""
+
+    kind: Literal["linear"] = "linear"
+    gated: ClassVar[bool] = False
+
+    def apply(self, gate: Any, up: Any = None) -> Any:
+        """The value itself."""
+        return gate

@@ -249,7 +249,8 @@ class Balanced(TokenChoice):
     """In training the assignment of one expert to each token that is best for all, loads equal.
 
     BASE layers (Lewis et al. 2021, arXiv:2103.16716): best is the highest sum of logits. In
-    evaluation each token takes its best expert. A token's expert depends on all tokens of the batch, so training is not causal.
+    evaluation each token takes its best expert. A token's expert depends on all tokens of the
+    batch, so training is not causal.
     """
 
     kind: Literal["balanced"] = "balanced"
