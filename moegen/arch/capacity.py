@@ -156,11 +156,8 @@ class Capacity(Element):
         of = f"{self.factor:g} times an even share of {share}"
         if self.round_first == "tokens_up":
             of = f"an even share of {share}, of {self.factor:g} times the tokens, rounded up"
-        how = {
-            "share_down": ["the share rounded down first"],
-            "share_up": ["the share rounded up first"],
-        }
-        parts = [of, *how.get(self.round_first, [])]
+        how = {"share_down": " (itself rounded down)", "share_up": " (itself rounded up)"}
+        parts = [of + how.get(self.round_first, "")]
         parts.append({"floor": "rounded down", "ceil": "rounded up"}.get(self.rounding, "rounded"))
         parts += ["at most one a token"] if self.at_most_tokens else []
         parts += [f"at least {self.minimum:,}"] if self.minimum else []
