@@ -118,10 +118,26 @@ def shown(outcomes: list[Outcome]) -> Table:
     return table
 
 
+def with_earlier(outcomes: list[Outcome], options: Options, record: Path) -> list[Outcome]:
+    """These figures and, for all other policies, those of an earlier run with the same options."""
+    found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    if found.get("options") != asdict(options):
+        return outcomes
+    known = {one["name"]: Outcome(**one) for one in found["policies"]}
+    known |= {one.name: one for one in outcomes}
+    return [known[name] for name in POLICIES if name in known]
+
+
 @click.command()
-@click.option("--steps", default=Options.steps, show_default=True, help="steps of each training")
+@click.option(
+    "--steps",
+    default=Options.steps,
+    type=click.IntRange(1),
+    show_default=True,
+    help="steps of each training",
+)
 @click.option("--seed", default=Options.seed, show_default=True, help="of weights and batches")
-@click.option("--policy", "chosen", multiple=True, help="only these policies; may be repeated")
+@click.option("--policy", "chosen", multiple=True, help="only these anew; may be repeated")
 @click.option("--page", default=PAGE, type=click.Path(path_type=Path), help="page of the table")
 @click.option("--json", "record", default=RECORD, type=click.Path(path_type=Path), help="figures")
 @click.option("--write/--no-write", default=True, help="write page and figures, or print alone")
@@ -142,6 +158,7 @@ def main(
         raise click.ClickException(f"did not lower the held-out loss: {', '.join(idle)}")
     if write:
         record.parent.mkdir(parents=True, exist_ok=True)
+        outcomes = with_earlier(outcomes, options, record)
         found = {
             "options": asdict(options),
             "machine": facts,

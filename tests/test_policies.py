@@ -44,11 +44,20 @@ def test_a_few_policies_are_trained_and_written_down(tmp_path: Path) -> None:
     assert all(one["after"] < one["before"] for one in found.values())
     assert found["base"]["load_max_over_mean"] == 1
     assert found["limoe"]["dropped_train"] > 0
+    again = ["--policy", "switch-base", *given[len(chosen) :]]
+    assert CliRunner().invoke(policies.main, again).exit_code == 0
+    torch.set_num_threads(threads)
+    kept = json.loads(record.read_text())["policies"]
+    assert [one["name"] for one in kept] == ["dense", "switch-base", "base", "limoe"]
+    assert kept[2] == found["base"]
 
 
 @pytest.mark.usefixtures("small")
-def test_a_policy_that_learns_nothing_is_an_error(tmp_path: Path) -> None:
-    given = ["--policy", "dense", "--steps", "0", "--json", str(tmp_path / "none.json")]
+def test_a_policy_that_learns_nothing_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_training, "RATE", 0.0)
+    given = ["--policy", "dense", "--steps", "1", "--json", str(tmp_path / "none.json")]
     result = CliRunner().invoke(policies.main, given)
     assert result.exit_code == 1
     assert "did not lower the held-out loss: dense" in result.output

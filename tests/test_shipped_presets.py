@@ -210,7 +210,11 @@ FACTS: dict[str, dict[str, Any]] = {
     "dmoe": {"losses.balance.count": "mean", "losses.balance.reduction": "mean"},
     "mmoe": {"router.gates.id": "task"},
     "mod-squad": {"router.gates.id": "task", "router.gate.normalize": "none"},
-    "chen2022-toy": {"router.noise.selection_only": True, "router.input.kind": "sentence"},
+    "chen2022-toy": {
+        "router.noise.selection_only": True,
+        "router.input.kind": "sentence",
+        "experts.activation.kind": "cubic",
+    },
     "hme1994": {"experts.nested.router.select.kind": "all"},
 }
 
