@@ -2,7 +2,7 @@
 # Python 3.11 or later with venv, and a C compiler (torch.compile uses one in the tests).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench policies clean
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -33,6 +33,9 @@ format: $(READY) ## Let ruff format and repair
 bench: $(READY) ## Measure compile times, and a routed layer against transformers
 	$(PYTHON) benchmarks/compile_times.py
 	$(PYTHON) benchmarks/moe_layer_cpu.py
+
+policies: $(READY) ## Train every routing policy on real text, about 10 minutes on 2 cores
+	$(PYTHON) -m benchmarks.policies
 
 clean: ## Remove .venv, caches and generated models
 	rm -rf $(VENV) generated .mypy_cache .ruff_cache .pytest_cache .hypothesis
