@@ -12,6 +12,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "openmoe": {"extra": 48},
     "shazeer2017-hierarchical": {"experts": {"count": 4, "width": 32, "nested": {"count": 4}}},
     "hme1994": {"experts": {"count": 2, "width": 32}},
+    "limoe": {"losses": {"image_global": {"spread": 12.0}}},
     "task-moe": {"router": {"input": TASKS}},
     "mmoe": {"router": {"gates": TASKS}},
     "mod-squad": {"router": {"gates": TASKS}, "losses": {"mutual_information": TASKS}},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,6 +229,16 @@ def test_what_is_particular_to_a_preset(name: str) -> None:
         for key in path.split("."):
             value = value[key] if isinstance(value, dict) else getattr(value, key)
         assert value == wanted, path
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_preset_is_built_for_any_batch(name: str, tmp_path: Path) -> None:
+    folder = moegen.build({**tiny_over(name), "name": "tiny"}, tmp_path / "tiny")
+    assert moegen.check(folder) == []
+    for tool in (["check"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *tool, "--isolated", "."]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -116,7 +116,9 @@ class Printer:
 
     def _binary(self, symbol: str, binds: int, left: Any, right: Any) -> Text:
         first, second = self.value(left).within(binds), self.value(right).within(binds + 1)
-        return Text(f"{first} {symbol} {second}", binds)
+        # The formatter's rule: no spaces around a power of names and numbers.
+        tight = symbol == "**" and re.fullmatch(r"[\w.]+", first + second)
+        return Text(f"{first}{symbol}{second}" if tight else f"{first} {symbol} {second}", binds)
 
     def _index(self, index: Any) -> str:
         parts = index if isinstance(index, tuple) and index else (index,)

@@ -41,7 +41,7 @@ def expert_capacity(
     if round_first == "share_down":
         exact = factor * (rows // experts)
     elif round_first == "share_up":
-        exact = factor * -(-rows // experts)
+        exact = factor * ((rows + experts - 1) // experts)
     elif round_first == "tokens_up":
         exact = math.ceil(factor * rows) * times_first / experts
     else:
