@@ -182,3 +182,14 @@ def test_losses_of_v_moe(case: Case) -> None:
     case.holds(aux_half_half=sum(both) / 2)
     weighted = sum(w * loss for w, loss in zip(case.params["weights"], both, strict=True))
     case.holds(aux_config_weighted=weighted)
+
+
+@worked("tutel-load-importance-quirk")
+def test_losses_of_tutel(case: Case) -> None:
+    assert case.params["gate_noise"] == 1.0
+    layer = v_moe(case, of="scores", unbiased=True, importance={"unbiased": True})
+    losses = layer.routing.losses
+    importance, load = (call.result for call in layer.calls["sum_of_real"])
+    case.holds(importance=importance, load=load)
+    case.holds(l_imp=losses["importance"], l_load=losses["load"])
+    case.holds(loss=(losses["importance"] + losses["load"]) / 2)

@@ -82,6 +82,12 @@ class Capacity(Element):
             for name in sorted(others & self.model_fields_set):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     yield (name,), f"slots says already how many there are, so {name} has no say"
+        if (
+            self.devices
+            and self.convention != "per_choice"
+            and "convention" in self.model_fields_set
+        ):
+            yield ("convention",), "devices count choices, so convention has no say"
         if self.multiple_above and self.multiple == 1:
             yield ("multiple_above",), "nothing is raised to a multiple; give multiple too"
         if "passes" in self.model_fields_set and self.overflow != "next":
@@ -112,6 +118,11 @@ class Capacity(Element):
                 sentence = f"passes is {self.passes} but there are only {experts} experts"
                 if "passes" in self.model_fields_set:
                     yield ("passes",), sentence
+            if self.spare:
+                yield (
+                    ("spare",),
+                    "with overflow: next, tokens are placed, not refused; remove spare",
+                )
             if self.devices:
                 yield ("devices",), "next looks for an expert with room, not for a device"
         if self.overflow == "input" and second:

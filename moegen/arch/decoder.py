@@ -13,7 +13,7 @@ from pydantic import Field
 from moegen.arch.attention import Attention
 from moegen.arch.block import Block, InsertedBlock
 from moegen.arch.feed_forward import FeedForward
-from moegen.arch.mixture_rules import SILENCE, leaks
+from moegen.arch.mixture_rules import SILENCE, leaks, of_ids
 from moegen.arch.model import Model
 from moegen.arch.moe import MoE
 from moegen.arch.norm import Norm, RMSNorm
@@ -81,10 +81,14 @@ class Decoder(Model):
             return
         for path, sentence in self.moe.placement.outside(self.layers):
             yield ("moe", "placement", *path), sentence
-        routed = set(self.moe.placement.of(self.layers))
-        if self.ffn is None and len(routed) < self.layers:
-            dense = next(i for i in range(self.layers) if i not in routed)
+        own = set(self.moe.placement.of(self.layers))
+        if self.ffn is None and len(own) < self.layers:
+            dense = next(i for i in range(self.layers) if i not in own)
             yield ("moe", "placement"), f"layer {dense} is not routed, so the model needs ffn too"
+        routed = self._routed_layers()
+        for _, moe, path in self.routed():
+            for below, sentence in of_ids(moe, self.vocab_size):
+                yield (*path[1:], *below), sentence
         for index, override in enumerate(self.moe.overrides):
             for place, layer in enumerate(override.layers):
                 if layer not in routed:
@@ -134,12 +138,16 @@ class Decoder(Model):
         """Every routed layer with its MoE and the place in the spec that says it."""
         if self.moe is None:
             return []
+        return [(layer, *self.moe.in_layer(layer)) for layer in self._routed_layers()]
+
+    def _routed_layers(self) -> tuple[int, ...]:
+        """Where mixtures stand in the stack, inserted ones counted."""
+        assert self.moe is not None
         placement = self.moe.placement
-        layers = placement.of(self.layers)
-        if placement.insert:
-            own = self._with_extra(list(range(self.layers)), [None] * placement.insert)
-            layers = tuple(i for i, layer in enumerate(own) if layer is None)
-        return [(layer, *self.moe.in_layer(layer)) for layer in layers]
+        if not placement.insert:
+            return placement.of(self.layers)
+        stack = self._with_extra(list(range(self.layers)), [None] * placement.insert)
+        return tuple(i for i, layer in enumerate(stack) if layer is None)
 
     def _with_extra(self, own: list[Any], extra: list[Any]) -> list[Any]:
         """The stack's own layers with the extra ones where the placement inserts them."""

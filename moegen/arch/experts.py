@@ -51,6 +51,13 @@ class Nested(Element):
             yield ("router", "select"), f"there is no {kind} inside experts; use top_k or all"
         if self.router.gate.blend:
             yield ("router", "gate", "blend"), "blend is for routers of tokens, not inside experts"
+        second = getattr(self.router.select, "second", None)
+        if second is not None and second.takes_slot:
+            sentence = "there is no capacity inside experts, so nothing takes up a slot"
+            yield ("router", "select", "second", "takes_slot"), sentence
+        if self.router.gate.after_drop and not (second is not None and second.skips):
+            sentence = "there is no capacity inside experts, so nothing is dropped"
+            yield ("router", "gate", "after_drop"), sentence
         for path, sentence in self.router.select.check(self.count, 1):
             yield ("router", "select", *path), sentence
 

@@ -13,7 +13,7 @@ from moegen.arch.capacity import Capacity
 from moegen.arch.experts import Decided, Experts, compute
 from moegen.arch.feed_forward import ExtraFeedForward, ResidualFeedForward, Shared, SharedExperts
 from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
-from moegen.arch.mixture_rules import of_capacity, of_experts
+from moegen.arch.mixture_rules import of_mixture
 from moegen.arch.placement import Placement
 from moegen.arch.routing.routed import Routed, Scored, Site
 from moegen.arch.routing.router import Router
@@ -99,8 +99,7 @@ class MoE(Layer):
         if router.restrict:
             for path, sentence in router.restrict.check(self.num_choices, self.chosen):
                 yield ("router", "restrict", *path), sentence
-        yield from of_capacity(self)
-        yield from of_experts(self)
+        yield from of_mixture(self)
         for name, loss in self.losses.items():
             for path, sentence in loss.check(self):
                 yield ("losses", name, *path), sentence

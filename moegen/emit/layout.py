@@ -17,7 +17,8 @@ def lay_out(statement: str, indent: int) -> list[str]:
     start, end = place
     head, body, tail = statement[: start + 1], statement[start + 1 : end], statement[end:]
     inner = " " * (indent + 4) + body
-    if len(inner) <= WIDTH or _is_comprehension(body):
+    one_line = len(inner) <= WIDTH and not _is_literal(statement, start, body)
+    if one_line or _is_comprehension(body):
         return [" " * indent + head, inner, " " * indent + tail]
     lines = [" " * indent + head]
     items = split(body)
@@ -51,6 +52,14 @@ def split(text: str) -> list[str]:
 def _is_comprehension(body: str) -> bool:
     """Whether a bracket's content is one generator, which takes no trailing comma."""
     return len(split(body)) == 1 and " for " in body and " in " in body
+
+
+def _is_literal(statement: str, start: int, body: str) -> bool:
+    """Whether a bracket is of a collection, whose items have a line each, and not of a call."""
+    before = statement[:start][-1:]
+    if before.isalnum() or before in {"_", ")", "]"}:
+        return False
+    return statement[start] != "(" or len(split(body)) > 1
 
 
 def _bracket(statement: str) -> tuple[int, int] | None:

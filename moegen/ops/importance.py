@@ -121,10 +121,7 @@ def nested_importance(outer: Tensor, inner: Tensor, ends: Tensor) -> Tensor:
     backward=1.0,
     saves=("load",),
     extra=lambda load, chances, ends, valid: (
-        (
-            ends.shape[0] * (chances.shape[0] + chances.shape[1] + 1)
-            + chances.shape[0]
-        )
+        (ends.shape[0] * (chances.shape[0] + chances.shape[1] + 1) + chances.shape[0])
         * chances.dtype.itemsize
     ),
 )

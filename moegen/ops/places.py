@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moegen.ops.op import op
-from moegen.ops.routing import _ends, _keys
+from moegen.ops.routing import _keys
 
 
 @op(flops=lambda experts, num_experts, group=None, priority=None: 0)
@@ -44,7 +44,8 @@ def position_in_expert(
             turn = (turn + (first * experts.shape[0]).unsqueeze(-1)).flatten()
         in_turn = in_turn[turn]
     sorted_keys, order = torch.sort(_keys(in_turn, count), stable=True)
-    starts = torch.nn.functional.pad(_ends(sorted_keys, count), (1, 0))  # [E + 1]
+    every = torch.arange(count, device=experts.device).to(sorted_keys.dtype)
+    starts = torch.searchsorted(sorted_keys, every, out_int32=True)
     rank = torch.arange(order.shape[0], device=order.device)
     position = rank - starts.index_select(0, sorted_keys.int())
     places = order if turn is None else turn[order]

@@ -56,5 +56,5 @@ def table_logits(experts: Tensor, num_experts: int, dtype: torch.dtype) -> Tenso
 @op()
 def partition(sizes: tuple[int, ...]) -> Tensor:
     """Which experts each part owns, bool [parts, E]: the first its first so many, and so on."""
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    return owner == torch.arange(len(sizes)).unsqueeze(-1)
+    owner = [part for part, size in enumerate(sizes) for _ in range(size)]
+    return torch.tensor(owner) == torch.arange(len(sizes)).unsqueeze(-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moegen.ops.op import op
@@ -17,10 +16,13 @@ def per_token(ids: Tensor, batch: int, length: int) -> Tensor:
 
 def in_groups(values: Tensor, size: int, fill: float = 0.0) -> Tensor:
     """values [T, ...] as [G, size, ...]: runs of tokens, the last one filled up."""
-    missing = -values.shape[0] % max(size, 1)
-    sides = [0, 0] * (values.dim() - 1) + [0, missing]
-    filled = F.pad(values, sides, value=fill) if missing else values
-    return torch.unflatten(filled, 0, (filled.shape[0] // max(size, 1), size))
+    groups = -(-values.shape[0] // max(size, 1))
+    missing = groups * size - values.shape[0]
+    filled = values
+    if missing:
+        rest = values.new_full((missing, *values.shape[1:]), fill)
+        filled = torch.cat((values, rest))
+    return torch.unflatten(filled, 0, (groups, size))
 
 
 def _kept_of_means(tokens: Tensor, valid: Tensor | None, batch: int) -> int:

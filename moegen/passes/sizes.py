@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.functions import Max
 
 from moegen.errors import PlanError, Problem
 from moegen.graph import meta
@@ -35,9 +36,15 @@ class _Watched(Shapes):
         guards = self.environment.guards
         for guard in guards[self.seen :]:
             expression = guard.expr
-            if isinstance(expression, sympy.Eq):
+            if isinstance(expression, sympy.Eq) and not _is_of_any(expression):
                 self.baked.append((node, str(expression)))
         self.seen = len(guards)
+
+
+def _is_of_any(equation: sympy.Eq) -> bool:
+    """Whether it is max(1, size) = size, so of every size but none."""
+    sides = (equation.lhs, equation.rhs)
+    return any(Max(1, one) == other for one, other in (sides, sides[::-1]))
 
 
 def prove_sizes(loaded: Loaded[Any]) -> None:

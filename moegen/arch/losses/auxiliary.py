@@ -41,6 +41,8 @@ class AuxiliaryLoss(Kinds):
     shorthand = "weight"
     needs_choices: ClassVar[bool] = True  # of tokens
     needs_learned: ClassVar[bool] = True  # scores
+    by_group: ClassVar[bool] = False  # of tokens that compete
+    needs_loads: ClassVar[bool] = False  # that can be uneven
 
     weight: float = Field(
         ge=0, le=1e6, description="coefficient in the total loss", examples=[0.01]
@@ -63,6 +65,8 @@ class AuxiliaryLoss(Kinds):
             yield (), f"loads under {select.kind} are equal, so {self.kind} has no use"
         elif self.needs_learned and not moe.router.score.learned:
             yield (), f"a {moe.router.score.kind} learns nothing, so {self.kind} has no use"
+        elif self.needs_loads and select.even_loads:
+            yield (), f"loads under {select.kind} are equal, so {self.kind} has no use"
 
     def what(self, setting: Setting) -> str:
         """What is small where the loss is small; its summary unless told."""

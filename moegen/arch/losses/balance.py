@@ -41,6 +41,8 @@ class BalanceLoss(AuxiliaryLoss):
     """
 
     kind: Literal["balance"] = "balance"
+    by_group: ClassVar[bool] = True
+    needs_loads: ClassVar[bool] = True
     count: Literal["first", "all", "mean", "second"] = Field(
         "mean", description="choices that f counts"
     )
@@ -67,6 +69,11 @@ class BalanceLoss(AuxiliaryLoss):
             yield ("after_capacity",), "there is no capacity, so all that is chosen is kept"
         if self.pooled and moe.experts.nested:
             yield ("reduction",), "a pooled loss knows no mixtures inside experts"
+        if self.pooled and moe.group_kind != "batch":
+            yield (
+                ("reduction",),
+                "the pooled loss knows no groups; use sum or mean, or group: batch",
+            )
         if moe.group != "batch" and self.count == "second":
             yield ("count",), "second choices are counted over the batch only"
 
@@ -137,6 +144,7 @@ class SequenceBalanceLoss(AuxiliaryLoss):
     """Balance inside every sequence (DeepSeek-V3, arXiv:2412.19437, section 2.1.2)."""
 
     kind: Literal["sequence_balance"] = "sequence_balance"
+    needs_loads: ClassVar[bool] = True
 
     def what(self, setting: Setting) -> str:
         """As balance, one sequence at a time."""
@@ -155,6 +163,7 @@ class SequenceBalanceLoss(AuxiliaryLoss):
 class _DeviceLoss(AuxiliaryLoss):
     """Of groups of experts that stand on one device each."""
 
+    needs_loads: ClassVar[bool] = True
     devices: int = Field(
         ge=1, le=10**6, description="groups of equal size that experts form", examples=[4]
     )
@@ -165,6 +174,10 @@ class _DeviceLoss(AuxiliaryLoss):
         if moe.num_choices % self.devices:
             sentence = f"devices ({self.devices}) must divide the {moe.num_choices} experts"
             yield ("devices",), sentence
+        if self.devices == 1:
+            yield ("devices",), "one device has all experts, so there is nothing to balance"
+        if moe.experts.free:
+            yield (), f"experts without parameters stand on no device; remove {self.kind}"
 
 
 class DeviceBalanceLoss(_DeviceLoss):
@@ -215,6 +228,7 @@ class TokenBalanceLoss(AuxiliaryLoss):
     """Where experts choose: every token should be wanted as much as any other (Mesh-TF)."""
 
     kind: Literal["token_balance"] = "token_balance"
+    by_group: ClassVar[bool] = True
     needs_choices: ClassVar[bool] = False
 
     def what(self, setting: Setting) -> str:

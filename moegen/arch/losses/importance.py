@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
+from moegen.arch.routing.routed import Routed, Scored
 from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.importance import (
@@ -51,9 +52,15 @@ class ImportanceLoss(_Variation):
         "gates", description="gates of the chosen; or scores of all, without noise"
     )
 
+    def check(self, moe: MoE) -> Iterator[tuple[Path, str]]:
+        """Inside experts there are gates alone."""
+        yield from super().check(moe)
+        if self.of == "scores" and moe.experts.nested:
+            yield ("of",), "scores are not for mixtures inside experts"
+
     def what(self, setting: Setting) -> str:
         """Of weights or of scores."""
-        of = "weights" if self.of == "gates" or setting.moe.experts.nested else "noiseless scores"
+        of = "weights" if self.of == "gates" else "noiseless scores"
         return f"{self._variation(setting)} of the sum of {of}"
 
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
@@ -82,13 +89,19 @@ class LoadLoss(_Variation):
     """
 
     kind: Literal["load"] = "load"
+    needs_loads: ClassVar[bool] = True
     threshold: Literal["excluding", "kth"] = Field(
         "excluding", description="what an expert's logit must exceed"
+    )
+    of: Literal["logits", "scores"] = Field(
+        "logits",
+        description="what is held against it; scores against a logit is what Tutel has (GMoE)",
     )
 
     def what(self, setting: Setting) -> str:
         """Against what."""
         others = "the others" if self.threshold == "excluding" else "all"
+        others += " logits, with scores in place of logits" if self.of == "scores" else ""
         return (
             f"{self._variation(setting)} of the expected load if only the noise of one expert were "
             f"drawn again, against the k-th best of {others}"
@@ -103,24 +116,28 @@ class LoadLoss(_Variation):
             noise = router.noise
             if noise is None or noise.kind not in ("gaussian", "learned") or noise.selection_only:
                 yield (), "load needs noise gaussian or learned that gates see too"
+        if self.of == "scores" and moe.experts.nested:
+            yield ("of",), "scores are not for mixtures inside experts"
 
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The loss of this layer; of the experts inside experts if there are any."""
-        load = self._load(b, outcome.scored, outcome.routed)
+        chances = self._chances(b, outcome.scored, outcome.routed, outcome.moe)
+        load = sum_of_real(chances, outcome.scored.valid)
         inside = outcome.inside
         if inside is not None:
-            inner = self._chances(b, inside.scored, inside.routed)
+            inner = self._chances(b, inside.scored, inside.routed, outcome.moe)
             load = nested_load(load, inner, inside.ends, inside.scored.valid)
         return cv_squared(load, self.unbiased)
 
-    def _load(self, b: Builder, scored: Any, routed: Any) -> Any:
-        return sum_of_real(self._chances(b, scored, routed), scored.valid)
-
-    def _chances(self, b: Builder, scored: Any, routed: Any) -> Any:
+    def _chances(self, b: Builder, scored: Scored, routed: Routed, moe: MoE) -> Any:
         k = routed.choices.shape[-1]
         excluding = self.threshold == "excluding"
-        noisy, deviation = scored.logits, scored.deviation
-        return top_k_probability(scored.clean, noisy, deviation, k, excluding, b.training)
+        clean, noisy, deviation = scored.clean, scored.logits, scored.deviation
+        if self.of == "scores":
+            affinity = moe.router.affinity
+            path = ("router", "affinity")
+            clean = b.inline(affinity, "scores", clean, scored.site, path=path)
+        return top_k_probability(clean, noisy, deviation, k, excluding, b.training)
 
 
 class ZLoss(AuxiliaryLoss):

@@ -32,6 +32,7 @@ class ExpertChoice(Selection):
     kind: Literal["expert_choice"] = "expert_choice"
     causal: ClassVar[bool] = False
     tokens_choose: ClassVar[bool] = False
+    even_loads: ClassVar[bool] = True
     takes_groups: ClassVar[tuple[str, ...]] = ("batch", "sequence")
     factor: float = Field(2.0, gt=0, le=10**6, description="experts a token meets on average")
     round_first: Literal["nothing", "share_down"] = Field(
@@ -105,5 +106,5 @@ class ExpertChoice(Selection):
         weights = scores.gather(-1, best)
         if gate.normalize in ("count", "sum"):
             size = scores.shape[1]
-            weights = shares_of_token(weights, best, size, gate.normalize == "count", gate.eps)
+            weights = shares_of_token(weights, best, size, gate.normalize == "count", gate.eps or 0.0)
         return weights * gate.scale if gate.scale != 1.0 else weights

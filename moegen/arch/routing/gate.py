@@ -15,6 +15,9 @@ from moegen.spec.element import Element, Path
 from moegen.spec.words import article, counted
 
 
+GUARD = 1e-20  # as DeepSeek has it: far below any weight, far above the least number of fp32
+
+
 class Gate(Element):
     """Weights of the chosen experts.
 
@@ -39,13 +42,22 @@ class Gate(Element):
         False, description="the rest of the weight, up to one, goes to the token itself (BASE)"
     )
     scale: float = Field(1.0, gt=0, le=1e6, description="factor on the weights, last")
-    eps: float = Field(0.0, ge=0, lt=1, description="added to the sum that sum divides by")
+    eps: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="added to the sum that sum divides by; 1e-20 where it could be 0, unless given",
+    )
 
     def rules(self) -> Iterator[tuple[Path, str]]:
         """Options that belong to sums."""
         if self.normalize != "sum":
-            for name in ("after_drop", "eps", "power"):
-                if name in self.model_fields_set and getattr(self, name) not in (False, 1.0, 0.0):
+            for name, on in (
+                ("after_drop", self.after_drop),
+                ("eps", bool(self.eps)),
+                ("power", self.power != 1.0),
+            ):
+                if on:
                     yield (name,), f"{name} is for normalize: sum, not {self.normalize}"
 
     def says(self, setting: Setting) -> Iterator[str]:
@@ -94,16 +106,23 @@ class Gate(Element):
         if self.normalize == "constant":
             weights = weights.new_ones(weights.shape)
         if self.normalize == "sum" and not self.after_drop:
-            weights = self._shares(weights)
+            weights = self._shares(weights, self._guard(scored))
         return weights * self.scale if self.scale != 1.0 and not self.after_drop else weights
 
     def over_kept(self, b: Builder, weights: Any, kept: Any, nowhere: int) -> Any:
         """Weights [T, k] divided by the sum of those that were not refused."""
-        shares = kept_weights(weights, kept, nowhere, self.eps)
+        shares = kept_weights(weights, kept, nowhere, GUARD if self.eps is None else self.eps)
         return shares * self.scale if self.scale != 1.0 else shares
 
-    def _shares(self, weights: Any) -> Any:
+    def _guard(self, scored: Scored) -> float:
+        """What keeps the sum from 0, where all chosen scores can be so small."""
+        if self.eps is not None:
+            return self.eps
+        return 0.0 if scored.sure else GUARD
+
+    def _shares(self, weights: Any, eps: float) -> Any:
         if self.power != 1.0:
-            return weights / weights.norm(self.power, dim=-1, keepdim=True)
-        total = weights.sum(-1, keepdim=True)
-        return weights / (total + self.eps if self.eps else total)
+            total = weights.norm(self.power, dim=-1, keepdim=True)
+        else:
+            total = weights.sum(-1, keepdim=True)
+        return weights / (total + eps if eps else total)

@@ -57,6 +57,8 @@ class Groups(Restriction):
         """No more groups kept than there are."""
         if self.keep > self.groups:
             yield ("keep",), f"keep is {self.keep} but there are only {self.groups} groups"
+        if self.keep == self.groups:
+            yield ("keep",), "all groups are kept, so nothing is restricted; remove restrict"
 
     def check(self, experts: int, chosen: int) -> Iterator[tuple[Path, str]]:
         """Groups of equal size, with enough experts in those kept."""
@@ -116,6 +118,8 @@ class Visible(Restriction):
                 yield (name,), f"{name} is {seen} but there are only {experts} experts"
             if seen < chosen:
                 yield (name,), f"{name} is {seen}, fewer than the {chosen} that are chosen"
+        if self.frequent == self.rare == experts:
+            yield (), "every id sees every expert, so nothing is restricted; remove restrict"
 
     def says(self, setting: Setting) -> Iterator[str]:
         """How many each id sees."""

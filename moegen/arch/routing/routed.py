@@ -68,7 +68,8 @@ class Scored:
 
     tokens [T, d]; all else [T, E] in the router's precision. clean: logits without noise; logits:
     as gates see them; scores: the affinity of these; ranked: what selection goes by, biased and
-    minus infinity where forbidden; deviation: of the noise on logits, None if there is none.
+    minus infinity where forbidden; deviation: of the noise on logits, None if there is none;
+    sure: whether the best of what is chosen cannot have a score near zero.
     """
 
     tokens: Any
@@ -78,6 +79,7 @@ class Scored:
     ranked: Any
     deviation: Any
     site: Site
+    sure: bool = False
 
     @property
     def valid(self) -> Any:

@@ -15,6 +15,7 @@ from moegen.arch.routing.inputs import RouterInput, TokenInput
 from moegen.arch.routing.noise import Noise
 from moegen.arch.routing.restrict import Restriction
 from moegen.arch.routing.routed import Scored, Site
+from moegen.arch.routing.router_rules import of_parts
 from moegen.arch.routing.score import LinearScore, Score
 from moegen.arch.routing.select import Selection
 from moegen.arch.routing.token_choice import TopK
@@ -100,6 +101,7 @@ class Router(Element):
             sentence = f"softmax_over_kept leaves no use for affinity {self.affinity.kind}"
             yield ("gate",), sentence
         yield from self._side()
+        yield from of_parts(self)
 
     def _side(self) -> Iterator[tuple[Path, str]]:
         """What belongs to tokens that choose, and what to experts that do."""
@@ -119,7 +121,8 @@ class Router(Element):
             yield ("gate", "power"), f"power is for tokens that choose, not for {kind}"
         names = ["balance_bias", "restrict"]
         if kind == "soft":
-            names += ["noise"] if self.noise and self.noise.selection_only else []
+            if self.noise and self.noise.selection_only:
+                yield ("noise",), "soft selects nothing, so noise for selection only has no use"
             if gate != Gate():
                 yield ("gate",), "soft weighs slots by a softmax of their own"
             if self.affinity.kind != "softmax":
@@ -165,9 +168,11 @@ class Router(Element):
             ranked = b.inline(self.affinity, "scores", noisy, site, path=(*at, "affinity"))
         if self.balance_bias:
             ranked = ranked + self.bias(b, site.choices)
+        sure = self.affinity.sums_to_one and ranked is scores
         if self.restrict:
             ranked = self._ranked(b, ranked, clean, site)
-        return Scored(tokens, clean, logits, scores, ranked, deviation, site)
+            sure = sure and self.restrict.on_logits
+        return Scored(tokens, clean, logits, scores, ranked, deviation, site, sure)
 
     def bias(self, b: Builder, choices: int) -> Any:
         """The balance bias, a buffer [E] that checkpoints hold."""

@@ -93,6 +93,8 @@ class CosineScore(Score):
         """A bias belongs to a projection."""
         if self.bias and self.dim is None:
             yield ("bias",), "bias is that of the projection; give dim too"
+        if self.temperature == "none" and "start" in self.model_fields_set:
+            yield ("start",), "start is where the temperature starts, and there is none"
 
     def says(self, setting: Setting) -> Iterator[str]:
         """What is compared, and how it is sharpened."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from moegen.arch.setting import Setting, either
 from moegen.graph.builder import Builder
 from moegen.ops.second import skip_choices
-from moegen.spec.element import Element
+from moegen.spec.element import Element, Path
 
 Policy = Literal["all", "none", "threshold", "random", "sampling"]
 
@@ -32,6 +32,11 @@ class SecondChoices(Element):
     takes_slot: bool = Field(
         False, description="what is skipped fills capacity all the same (GShard's algorithm)"
     )
+
+    def rules(self) -> Iterator[tuple[Path, str]]:
+        """There is something that takes up a slot."""
+        if self.takes_slot and not self.skips:
+            yield ("takes_slot",), "no choice is skipped, so takes_slot has no use"
 
     @property
     def draws(self) -> bool:

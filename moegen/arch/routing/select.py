@@ -18,6 +18,7 @@ class Selection(Kinds):
     causal: ClassVar[bool] = True
     tokens_choose: ClassVar[bool] = True  # and not experts, or slots
     by_logits: ClassVar[bool] = False  # whether these, and not scores, are ranked
+    even_loads: ClassVar[bool] = False  # whatever scores are
     takes_capacity: ClassVar[bool] = False
     takes_groups: ClassVar[tuple[str, ...]] = ("batch",)  # of tokens that compete
 

@@ -29,6 +29,7 @@ class Soft(Selection):
     kind: Literal["soft"] = "soft"
     causal: ClassVar[bool] = False
     tokens_choose: ClassVar[bool] = False
+    even_loads: ClassVar[bool] = True
     takes_groups: ClassVar[tuple[str, ...]] = ("sequence",)
     slots: int = Field(1, ge=1, le=10**6, description="slots of each expert for a sequence")
 

@@ -230,6 +230,7 @@ class AllExperts(TokenChoice):
     """Every token meets every expert: the dense mixture that all began with (Jacobs 1991)."""
 
     kind: Literal["all"] = "all"
+    even_loads: ClassVar[bool] = True
 
     def says(self, setting: Setting) -> Iterator[str]:
         """All."""
@@ -255,6 +256,7 @@ class Balanced(TokenChoice):
 
     kind: Literal["balanced"] = "balanced"
     causal: ClassVar[bool] = False
+    even_loads: ClassVar[bool] = True
     by_logits: ClassVar[bool] = True
 
     def says(self, setting: Setting) -> Iterator[str]:

@@ -22,7 +22,7 @@ class LanguageModel(nn.Module):
         """Mean cross-entropy of the next token; label -100 is left out."""
         raise NotImplementedError
 
-    def step(self, ids: Tensor, start: Tensor, cache: Any, **given: Tensor) -> Tensor:
+    def step(self, *inputs: Any, **given: Any) -> Tensor:
         """Logits of ids [B, T] at positions start, start + 1, ...; fills the cache."""
         raise NotImplementedError
 

@@ -30,6 +30,7 @@ from .ops import (
     next_token_loss,
     real_tokens,
     rotate_pairs,
+    router_entropy,
     sequence_balance_loss,
     sort_by_expert,
     sum_over_layers,
@@ -54,6 +55,7 @@ class Routing(NamedTuple):
     load: Tensor  # [E], choices of real tokens for each expert, before capacity
     dropped: Tensor  # [], the fraction of them beyond capacity
     probability: Tensor  # [E], mean score of each expert
+    entropy: Tensor
     losses: dict[str, Tensor]  # this layer's own, not weighted
 
 
@@ -312,11 +314,13 @@ class MoE(nn.Module):
         # statistics
         probability = masked_mean(scores, valid)
         sequence_balance = sequence_balance_loss(scores, experts, valid, x.shape[0])
+        entropy = router_entropy(scores, valid)
         out = out.view_as(x)
         routing = Routing(
             load=load,
             dropped=dropped,
             probability=probability,
+            entropy=entropy,
             losses={"sequence_balance": sequence_balance},
         )
         return out, routing

@@ -35,6 +35,7 @@ from .ops import (
     ring_positions,
     rope_frequencies,
     rotate_half,
+    router_entropy,
     sink_attention,
     sort_by_expert,
     top_k,
@@ -57,6 +58,7 @@ class Routing(NamedTuple):
     load: Tensor  # [E], choices of real tokens for each expert, before capacity
     dropped: Tensor  # [], the fraction of them beyond capacity
     probability: Tensor  # [E], mean score of each expert
+    entropy: Tensor
     losses: dict[str, Tensor]  # this layer's own, not weighted
 
 
@@ -205,12 +207,15 @@ class MoE(nn.Module):
 
         # statistics
         probability = masked_mean(scores, valid)
-        balance = balance_loss(choice_fractions(load, 1), probability)
+        share = choice_fractions(load, 1)
+        balance = balance_loss(share, probability)
+        entropy = router_entropy(scores, valid)
         out = combine(rows, order, weights).view_as(x)
         routing = Routing(
             load=load,
             dropped=dropped,
             probability=probability,
+            entropy=entropy,
             losses={"balance": balance},
         )
         return out, routing

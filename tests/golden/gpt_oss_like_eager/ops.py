@@ -351,6 +351,20 @@ def grouped_bias(rows: Tensor, bias: Tensor, ends: Tensor) -> Tensor:
     return rows + _grouped_linear(ones, bias.unsqueeze(-1), ends)  # type: ignore[no-any-return]
 
 
+def entropy(probability: Tensor) -> Tensor:
+    """-sum p ln p over the last dimension, 0 ln 0 being 0, in nats."""
+    positive = torch.where(probability > 0, probability, 1)
+    return -(probability * positive.log()).sum(-1)
+
+
+def router_entropy(scores: Tensor, valid: Tensor) -> Tensor:
+    """Mean entropy of a real token's scores [T, E], brought to sum to one; a statistic."""
+    scores = scores.detach()
+    tiny = torch.finfo(scores.dtype).tiny
+    share = scores / scores.sum(-1, keepdim=True).clamp(min=tiny)
+    return masked_mean(entropy(share), valid)
+
+
 def real_tokens(ids: Tensor, mask: Tensor | None) -> Tensor:
     """Which of ids [B, S] are real, bool [B * S]; all of them if there is no mask."""
     if mask is None:

@@ -33,6 +33,7 @@ from .ops import (
     real_tokens,
     rope_frequencies,
     rotate_half,
+    router_entropy,
     sort_by_expert,
     sum_over_layers,
     top_k,
@@ -56,6 +57,7 @@ class Routing(NamedTuple):
     load: Tensor  # [E], choices of real tokens for each expert, before capacity
     dropped: Tensor  # [], the fraction of them beyond capacity
     probability: Tensor  # [E], mean score of each expert
+    entropy: Tensor
     losses: dict[str, Tensor]  # this layer's own, not weighted
 
 
@@ -278,7 +280,7 @@ class MoE(nn.Module):
         experts = top_k(ranked, 2)
         weights = scores.gather(-1, experts)
         total = weights.sum(-1, keepdim=True)
-        weights = weights / total
+        weights = weights / (total + 1e-20)
         load = expert_load(experts, 16, valid)
         dropped = torch.zeros((), device=load.device)
         order, ends = sort_by_expert(experts, 16)
@@ -295,13 +297,16 @@ class MoE(nn.Module):
 
         # statistics
         probability = masked_mean(scores, valid)
-        balance = balance_loss(choice_fractions(load, 1), probability)
+        share = choice_fractions(load, 1)
+        balance = balance_loss(share, probability)
         z = z_loss(logits, valid)
+        entropy = router_entropy(scores, valid)
         out = out.view_as(x)
         routing = Routing(
             load=load,
             dropped=dropped,
             probability=probability,
+            entropy=entropy,
             losses={"balance": balance, "z": z},
         )
         return out, routing
@@ -317,7 +322,7 @@ class MoE(nn.Module):
         experts = top_k(ranked, 2)
         weights = scores.gather(-1, experts)
         total = weights.sum(-1, keepdim=True)
-        weights = weights / total
+        weights = weights / (total + 1e-20)
         order, ends = sort_by_expert(experts, 16)
 
         # experts

@@ -22,7 +22,7 @@ class LanguageModel(nn.Module):
         """Mean cross-entropy of the next token; label -100 is left out."""
         raise NotImplementedError
 
-    def step(self, ids: Tensor, start: Tensor, cache: Any) -> Tensor:
+    def step(self, *inputs: Any, **given: Any) -> Tensor:
         """Logits of ids [B, T] at positions start, start + 1, ...; fills the cache."""
         raise NotImplementedError
 
@@ -30,15 +30,18 @@ class LanguageModel(nn.Module):
         """An empty cache."""
         raise NotImplementedError
 
-    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Any:
-        """ids [B, S] and mask [B, S] of real tokens (padding on the right) to an Output."""
-        return super().__call__(ids, mask)
+    def __call__(self, ids: Tensor, mask: Tensor | None = None, **given: Tensor) -> Any:
+        """ids [B, S] and mask [B, S] of real tokens (padding on the right) to an Output.
+
+        given: ids that the routers read beside tokens, [B] or [B, S] each, if there are any.
+        """
+        return super().__call__(ids, mask, **given)
 
     def training_loss(
-        self, ids: Tensor, mask: Tensor | None = None
+        self, ids: Tensor, mask: Tensor | None = None, **given: Tensor
     ) -> tuple[Tensor, Any]:
         """Next-token loss of ids [B, S] plus the auxiliary losses, and the Output itself."""
-        output = self(ids, mask)
+        output = self(ids, mask, **given)
         labels = ids if mask is None else ids.masked_fill(~mask.bool(), -100)
         total = self.loss(output.logits, labels)
         for value in getattr(output, "losses", {}).values():
@@ -57,15 +60,17 @@ class LanguageModel(nn.Module):
         new_tokens: int,
         temperature: float = 0.0,
         top_k: int | None = None,
+        **given: Tensor,
     ) -> Iterator[Tensor]:
         """Yield new_tokens tokens [B] after the prompts ids [B, S], one step at a time.
 
-        temperature 0 takes the likeliest token, else samples, among the top_k likeliest if given.
+        temperature 0 takes the likeliest token, else samples, among the top_k likeliest if set;
+        given: ids [B] that routers read beside tokens.
         """
         cache = self.new_cache(ids.shape[0], ids.shape[1] + new_tokens)
         start = torch.zeros((), dtype=torch.int64, device=ids.device)
         for _ in range(new_tokens):
-            logits = self.step(ids, start, cache)[:, -1]
+            logits = self.step(ids, start, cache, **given)[:, -1]
             start = start + ids.shape[1]
             ids = _sample(logits, temperature, top_k).unsqueeze(-1)
             yield ids[:, 0]
@@ -76,9 +81,10 @@ class LanguageModel(nn.Module):
         new_tokens: int,
         temperature: float = 0.0,
         top_k: int | None = None,
+        **given: Tensor,
     ) -> Tensor:
         """The prompts ids [B, S] with new_tokens more tokens, [B, S + new_tokens]."""
-        new = list(self.stream(ids, new_tokens, temperature, top_k))
+        new = list(self.stream(ids, new_tokens, temperature, top_k, **given))
         return torch.cat([ids, *(token.unsqueeze(-1) for token in new)], dim=1)
 
     def save(self, path: str | Path) -> None:
