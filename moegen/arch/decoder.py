@@ -86,9 +86,11 @@ class Decoder(Model):
             dense = next(i for i in range(self.layers) if i not in own)
             yield ("moe", "placement"), f"layer {dense} is not routed, so the model needs ffn too"
         routed = self._routed_layers()
-        for _, moe, path in self.routed():
-            for below, sentence in of_ids(moe, self.vocab_size):
-                yield (*path[1:], *below), sentence
+        yield from dict.fromkeys(
+            ((*path[1:], *below), sentence)
+            for _, moe, path in self.routed()
+            for below, sentence in of_ids(moe, self.vocab_size)
+        )
         for index, override in enumerate(self.moe.overrides):
             for place, layer in enumerate(override.layers):
                 if layer not in routed:

@@ -82,7 +82,9 @@ def of_choices(moe: MoE) -> Iterator[tuple[Path, str]]:
         restrict = moe.router.restrict
         if restrict and list(restrict.check(moe.num_choices, tries)):
             at = ("capacity", "passes" if "passes" in capacity.model_fields_set else "overflow")
-            sentence = f"{restrict.kind} lets a token choose from fewer than the {tries} that it"
+            sentence = (
+                f"restrict {restrict.kind} lets a token choose from fewer than the {tries} that it"
+            )
             yield at, f"{sentence} tries; set passes lower, or remove restrict"
 
 
@@ -109,9 +111,10 @@ def of_weights(moe: MoE) -> Iterator[tuple[Path, str]]:
     known = constant or (shares and not gate.after_drop) or not moe.router.score.learned
     same = {"confidence_sum": known, "weight": constant or (known and k == 1)}
     same["confidence"] = not moe.router.score.learned
+    what = {"confidence_sum": "sums of weights", "weight": "weights", "confidence": "best scores"}
     if same.get(capacity.priority):
-        sentence = f"all tokens have the same, so priority {capacity.priority} has no say"
-        yield ("capacity", "priority"), f"{sentence}; use rank"
+        sentence = f"{what[capacity.priority]} are the same for all tokens, so priority"
+        yield ("capacity", "priority"), f"{sentence} {capacity.priority} has no say; use rank"
 
 
 def of_groups(moe: MoE) -> Iterator[tuple[Path, str]]:

@@ -169,8 +169,8 @@ class Partition(Restriction):
         """The parts make up the whole, and each offers enough."""
         for index, size in enumerate(self.experts):
             if size < max(chosen, 1):
-                sentence = f"{size} experts are fewer than the {chosen} that are chosen"
-                yield ("experts", index), sentence
+                few = f"{counted(size, 'expert')} {'is' if size == 1 else 'are'}"
+                yield ("experts", index), f"{few} fewer than the {chosen} that are chosen"
         if sum(self.experts) != experts:
             yield ("experts",), f"the parts have {sum(self.experts)} experts, the layer {experts}"
 
