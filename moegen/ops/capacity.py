@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 from moegen.ops.op import op
 
 Rounding = Literal["floor", "ceil", "nearest"]
 First = Literal["nothing", "share_down", "share_up", "tokens_up"]
+Number = TypeVar("Number", int, float)
 
 
 def _rounded(exact: float, rounding: Rounding) -> int:
@@ -60,6 +61,6 @@ def share_of_tokens(tokens: int, share: float) -> int:
 
 
 @op()
-def in_mode(training: bool, train: float, evaluation: float) -> float:
+def in_mode(training: bool, train: Number, evaluation: Number) -> Number:
     """The value for the mode that the module is in."""
     return train if training else evaluation

@@ -44,7 +44,8 @@ def position_in_expert(
             turn = (turn + (first * experts.shape[0]).unsqueeze(-1)).flatten()
         in_turn = in_turn[turn]
     sorted_keys, order = torch.sort(_keys(in_turn, count), stable=True)
-    every = torch.arange(count, device=experts.device).to(sorted_keys.dtype)
+    # One more than there are experts, for choices that are routed nowhere.
+    every = torch.arange(count + 1, device=experts.device).to(sorted_keys.dtype)
     starts = torch.searchsorted(sorted_keys, every, out_int32=True)
     rank = torch.arange(order.shape[0], device=order.device)
     position = rank - starts.index_select(0, sorted_keys.int())
