@@ -34,7 +34,7 @@ bench: $(READY) ## Measure compile times, and a routed layer against transformer
 	$(PYTHON) benchmarks/compile_times.py
 	$(PYTHON) benchmarks/moe_layer_cpu.py
 
-policies: $(READY) ## Train every routing policy on real text, about 10 minutes on 2 cores
+policies: $(READY) ## Train every routing policy on real text, 10 to 20 minutes
 	$(PYTHON) -m benchmarks.policies
 
 clean: ## Remove .venv, caches and generated models

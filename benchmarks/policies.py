@@ -151,6 +151,7 @@ def main(
     torch.set_num_threads(1)
     options, facts = Options(steps=steps, seed=seed), machine()
     console = Console()
+    console = console if console.is_terminal else Console(width=160)
     outcomes = run(chosen or tuple(POLICIES), options, console)
     console.print(shown(outcomes))
     idle = [outcome.name for outcome in outcomes if not outcome.learned]
