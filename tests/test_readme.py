@@ -111,6 +111,14 @@ def test_emitted_code_is_what_is_emitted(tmp_path: Path) -> None:
     assert block.text.replace("logits.softmax(-1)", "logits.sigmoid()") in changed
 
 
+def test_routing_is_told_as_shown(place: Path) -> None:
+    """What the page prints is what the command prints, but for spaces at the ends of lines."""
+    (block,) = of("text", "show-routing")
+    command = ["show", "--routing", "specs/tiny.yaml"]
+    result = CliRunner().invoke(cli, command, env={"COLUMNS": "100"})
+    assert [line.rstrip() for line in result.stdout.splitlines()] == block.text.splitlines()
+
+
 @pytest.mark.parametrize(("line", "command"), COMMANDS, ids=[f"line {n}" for n, _ in COMMANDS])
 def test_commands(place: Path, line: int, command: str) -> None:
     words = shlex.split(command)[1:]
