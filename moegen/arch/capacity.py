@@ -217,14 +217,14 @@ class Capacity(Element):
     def room(self, b: Builder, scored: Scored, chosen: int, experts: int) -> Any:
         """Slots of each expert, or of each device's experts, a whole number."""
         site = scored.site
-        tokens = scored.tokens.shape[0] if site.group is None else site.group
         if self.slots is not None:
             return self.slots
-        slots = self._room(b, tokens, chosen, self.devices or experts)
+        size = scored.tokens.shape[0] if site.group is None else site.group
+        slots = self._room(b, size, chosen, self.devices or experts)
         if self.eval_share is not None:
-            return in_mode(b.training, slots, share_of_tokens(tokens, self.eval_share))
+            return in_mode(b.training, slots, share_of_tokens(size, self.eval_share))
         if self.eval_factor == "unlimited":
-            return in_mode(b.training, slots, tokens * chosen)
+            return in_mode(b.training, slots, size * chosen)
         return slots
 
     def _room(self, b: Builder, tokens: Any, chosen: int, experts: int) -> Any:
@@ -261,7 +261,7 @@ class Capacity(Element):
         """experts [T, k] with `num_choices` where refused or padding, and the fraction refused."""
         nowhere, valid = moe.num_choices, scored.valid
         chosen = moe.router.select.chosen(moe.granularity, nowhere)
-        experts = experts.masked_fill(~valid.unsqueeze(-1), nowhere)
+        asked = experts.masked_fill(~valid.unsqueeze(-1), nowhere)
         slots = self.room(b, scored, chosen, moe.num_experts)
         options: dict[str, Any] = {}
         if scored.site.group is not None:
@@ -272,16 +272,16 @@ class Capacity(Element):
             options["priority"] = weights.sum(-1)
         elif self.priority == "weight":
             options["priority"] = weights
-        keys, count = experts, nowhere
+        keys, count = asked, nowhere
         if self.devices:
             # Refused choices and free experts are beyond the last device.
-            keys, count = experts // (moe.num_experts // self.devices), self.devices
+            keys, count = asked // (moe.num_experts // self.devices), self.devices
             keys = keys.clamp(max=count)
         position = position_in_expert(keys, count, **options)
         spared = None
         if self.spare:
             spared = sparing(valid, scored.site.sequences[0], self.spare, b.training)
-        kept = refuse(experts, position, slots, nowhere, moe.num_experts, spared)
+        kept = refuse(asked, position, slots, nowhere, moe.num_experts, spared)
         return kept, dropped_fraction(kept, load, nowhere)
 
     def rerouted(self, b: Builder, scored: Scored, experts: int, load: Any) -> tuple[Any, Any]:

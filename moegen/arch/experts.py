@@ -185,7 +185,7 @@ def compute(b: Builder, moe: MoE, rows: Any, routed: Routed, training: bool) -> 
         ids={},
         group=None,
         linear=matrix_of_expert(routed.ends, moe.num_experts),
-        spread=_once(lambda experts: nested_experts(experts, routed.ends, nested.count)),
+        spread=_spread(routed.ends, nested.count),
     )
     path = (*inner.at, "router")
     scored = b.inline(nested.router, "scored", rows, site, inner.at, path=path)
@@ -195,16 +195,17 @@ def compute(b: Builder, moe: MoE, rows: Any, routed: Routed, training: bool) -> 
     return out, Decided(scored, within, outer, routed.ends)
 
 
-def _once(spread: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The function, called once for the same choices: they are counted and dispatched."""
+def _spread(ends: Any, inner: int) -> Callable[[Any], Any]:
+    """From inner choices to those of the whole layer, once for those counted and dispatched."""
     known: dict[int, tuple[Any, Any]] = {}
 
-    def remembered(experts: Any) -> Any:
+    def spread(experts: Any) -> Any:
         if id(experts) not in known:
-            known[id(experts)] = (experts, spread(experts))  # held, so that the id stays its own
+            leaves = nested_experts(experts, ends, inner)
+            known[id(experts)] = (experts, leaves)  # held, so that the id stays its own
         return known[id(experts)][1]
 
-    return remembered
+    return spread
 
 
 def active(moe: MoE) -> Fraction:

@@ -273,7 +273,8 @@ class MoE(Layer):
     def _group(self, x: Any, tokens: Any) -> Any:
         """Tokens that compete, a number; None if it is all of them."""
         if isinstance(self.group, int):
-            return at_most(self.group, tokens.shape[0])
+            group = at_most(self.group, tokens.shape[0])
+            return group
         return x.shape[1] if self.group_kind == "sequence" else None
 
     def _losses(self, b: Builder, outcome: Outcome) -> Any:

@@ -179,6 +179,12 @@ class _DeviceLoss(AuxiliaryLoss):
         if moe.experts.free:
             yield (), f"experts without parameters stand on no device; remove {self.kind}"
 
+    def _probability(self, outcome: Outcome) -> Any:
+        """Summed mean scores of each device's experts [D]."""
+        of_experts = torch.unflatten(outcome.probability, 0, (self.devices, -1))
+        p = of_experts.sum(-1)
+        return p
+
 
 class DeviceBalanceLoss(_DeviceLoss):
     """sum over devices of mean f times summed P (DeepSeekMoE 2024, section 3.3)."""
@@ -198,7 +204,7 @@ class DeviceBalanceLoss(_DeviceLoss):
         experts = outcome.moe.num_choices
         f = choice_fractions(outcome.routed.load, 1) * experts
         f = torch.unflatten(f, 0, (self.devices, -1)).mean(-1).detach()
-        return (f * outcome.probability.unflatten(0, (self.devices, -1)).sum(-1)).sum()
+        return (f * self._probability(outcome)).sum()
 
 
 class CommunicationBalanceLoss(_DeviceLoss):
@@ -221,7 +227,7 @@ class CommunicationBalanceLoss(_DeviceLoss):
         scored, choices = outcome.scored, outcome.routed.choices
         size = outcome.moe.num_choices // self.devices
         f = communication_fractions(choices, size, self.devices, self.limit, scored.valid)
-        return (f * outcome.probability.unflatten(0, (self.devices, -1)).sum(-1)).sum()
+        return (f * self._probability(outcome)).sum()
 
 
 class TokenBalanceLoss(AuxiliaryLoss):

@@ -122,12 +122,12 @@ class LoadLoss(_Variation):
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:
         """The loss of this layer; of the experts inside experts if there are any."""
         chances = self._chances(b, outcome.scored, outcome.routed, outcome.moe)
-        load = sum_of_real(chances, outcome.scored.valid)
+        expected = sum_of_real(chances, outcome.scored.valid)
         inside = outcome.inside
         if inside is not None:
             inner = self._chances(b, inside.scored, inside.routed, outcome.moe)
-            load = nested_load(load, inner, inside.ends, inside.scored.valid)
-        return cv_squared(load, self.unbiased)
+            expected = nested_load(expected, inner, inside.ends, inside.scored.valid)
+        return cv_squared(expected, self.unbiased)
 
     def _chances(self, b: Builder, scored: Scored, routed: Routed, moe: MoE) -> Any:
         k = routed.choices.shape[-1]

@@ -106,5 +106,7 @@ class ExpertChoice(Selection):
         weights = scores.gather(-1, best)
         if gate.normalize in ("count", "sum"):
             size = scores.shape[1]
-            weights = shares_of_token(weights, best, size, gate.normalize == "count", gate.eps or 0.0)
+            weights = shares_of_token(
+                weights, best, size, gate.normalize == "count", gate.eps or 0.0
+            )
         return weights * gate.scale if gate.scale != 1.0 else weights

@@ -14,7 +14,6 @@ from moegen.ops.routing import kept_weights
 from moegen.spec.element import Element, Path
 from moegen.spec.words import article, counted
 
-
 GUARD = 1e-20  # as DeepSeek has it: far below any weight, far above the least number of fp32
 
 

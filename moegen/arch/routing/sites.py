@@ -47,11 +47,11 @@ def matrix_of_expert(ends: Any, experts: int) -> Linear:
         dtype, width = b.spec.precision.router_dtype, b.spec.model.d_model
         name = f"inner_{name}"
         weight = b.param(name, experts, n, width, dtype=dtype, role="router")
-        out = grouped_linear(_as_router(b, x), weight, ends)
-        if bias:
-            facts: dict[str, Any] = {"dtype": dtype, "init": ZEROS, "role": "router"}
-            out = grouped_bias(out, b.param(f"{name}_bias", experts, n, **facts), ends)
-        return out
+        if not bias:
+            return grouped_linear(_as_router(b, x), weight, ends)
+        facts: dict[str, Any] = {"dtype": dtype, "init": ZEROS, "role": "router"}
+        added = b.param(f"{name}_bias", experts, n, **facts)
+        return grouped_bias(grouped_linear(_as_router(b, x), weight, ends), added, ends)
 
     return linear
 

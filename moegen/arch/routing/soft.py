@@ -59,32 +59,32 @@ class Soft(Selection):
         """Slots are averages by softmax over tokens, outputs by softmax over slots."""
         site, experts = scored.site, moe.num_experts
         batch, length = site.sequences
+        precision = b.spec.precision
         dispatch = softmax_over_tokens(scored.logits, site.valid, length)
-        dispatch = torch.unflatten(dispatch, 0, (batch, length)).transpose(
-            1, 2
-        )  # [B, E * slots, S]
-        shares = scored.scores.unflatten(0, (batch, length))
+        shares = scored.scores
+        if precision.router_dtype != precision.compute_dtype:
+            dispatch = dispatch.to(precision.compute_dtype)
+        if precision.router_dtype != precision.expert_dtype:
+            shares = shares.to(precision.expert_dtype)
+        of_slots = torch.unflatten(dispatch, 0, (batch, length))
+        of_tokens = torch.unflatten(shares, 0, (batch, length))
         load, dropped = None, None
         if site.valid is not None:
-            held = torch.ones(experts, dtype=torch.int64, device=shares.device)
+            held = torch.ones(experts, dtype=torch.int64, device=dispatch.device)
             load = held * (batch * self.slots)
-            dropped = torch.zeros((), device=shares.device)
-        counts = torch.arange(1, experts + 1, dtype=torch.int32, device=shares.device)
+            dropped = torch.zeros((), device=dispatch.device)
+        counts = torch.arange(1, experts + 1, dtype=torch.int32, device=dispatch.device)
+        ends = counts * (batch * self.slots)
 
         def rows(tokens: Any) -> Any:
-            slots = dispatch.to(tokens.dtype) @ tokens.unflatten(0, (batch, length))
+            sequences = tokens.unflatten(0, (batch, length))
+            slots = of_slots.transpose(1, 2) @ sequences  # [B, E * slots, d]
             by_expert = slots.unflatten(1, (experts, self.slots)).transpose(0, 1)
             return by_expert.flatten(0, 2)
 
         def restore(rows: Any) -> Any:
             by_expert = rows.unflatten(0, (experts, batch, self.slots))
-            slots = by_expert.transpose(0, 1).flatten(1, 2)  # [B, E * slots, d]
-            return (shares.to(slots.dtype) @ slots).flatten(0, 1)
+            slots = by_expert.transpose(0, 1).flatten(1, 2)
+            return (of_tokens @ slots).flatten(0, 1)
 
-        return Routed(
-            rows=rows,
-            ends=counts * (batch * self.slots),
-            restore=restore,
-            load=load,
-            dropped=dropped,
-        )
+        return Routed(rows=rows, ends=ends, restore=restore, load=load, dropped=dropped)

@@ -65,28 +65,30 @@ class TokenChoice(Selection):
         load, dropped = None, None
         if rerouted:
             load = self._load(moe, scored, choices)
-            experts, dropped = self._rerouted(b, moe, scored, load)
-            choices_weighed = experts.clamp(max=nowhere - 1)
-            weights = b.inline(gate, "weights", scored, choices_weighed, path=path)
+            kept, dropped = self._rerouted(b, moe, scored, load)
+            known = kept.clamp(max=nowhere - 1)
+            weights = b.inline(gate, "weights", scored, known, path=path)
         else:
             weights = b.inline(gate, "weights", scored, experts, path=path)
-            experts = self.wanted(b, moe, scored, experts, weights)
+            wanted = self.wanted(b, moe, scored, experts, weights)
             if scored.valid is not None:
-                load = self._load(moe, scored, experts)
+                load = self._load(moe, scored, wanted)
                 dropped = torch.zeros((), device=load.device)
+            kept = wanted
             if refuses:
-                experts, dropped = self._within_capacity(b, moe, scored, experts, weights, load)
-            experts = self.granted(b, moe, experts, weights)
+                kept, dropped = self._within_capacity(b, moe, scored, wanted, weights, load)
+            kept = self.granted(b, moe, kept, weights)
         if gate.normalize == "sum" and gate.after_drop:
-            weights = b.inline(gate, "over_kept", weights, experts, nowhere, path=path)
-        return self._dispatched(b, moe, scored, choices, experts, weights, load, dropped)
+            weights = b.inline(gate, "over_kept", weights, kept, nowhere, path=path)
+        return self._dispatched(b, moe, scored, choices, kept, weights, load, dropped)
 
     def _load(self, moe: Mixture, scored: Scored, experts: Any) -> Any:
         """Choices of real tokens for each expert, those inside experts counted apart."""
         spread = scored.site.spread
         if spread is None:
             return expert_load(experts, moe.num_choices, scored.valid)
-        return expert_load(spread(experts), moe.total_experts, scored.valid)
+        leaves = spread(experts)
+        return expert_load(leaves, moe.total_experts, scored.valid)
 
     def _rerouted(self, b: Builder, moe: Mixture, scored: Scored, load: Any) -> tuple[Any, Any]:
         assert moe.capacity is not None
@@ -125,6 +127,15 @@ class TokenChoice(Selection):
         taken = kept < moe.num_experts
         if scored.valid is not None:
             taken = taken & scored.valid.unsqueeze(-1)
+
+        def row_weights() -> Any:
+            outer = weights.masked_fill(~taken, 0).flatten()[order]
+            return outer
+
+        def row_valid() -> Any:
+            real = taken.flatten()[order]
+            return real
+
         return Routed(
             rows=lambda tokens: gather_rows(tokens, order),
             ends=ends,
@@ -135,8 +146,8 @@ class TokenChoice(Selection):
             kept=kept,
             weights=weights,
             through=through,
-            row_weights=lambda: weights.masked_fill(~taken, 0).flatten()[order],
-            row_valid=lambda: taken.flatten()[order],
+            row_weights=row_weights,
+            row_valid=row_valid,
         )
 
     def _through(self, moe: Mixture, scored: Scored, choices: Any, kept: Any, weights: Any) -> Any:
