@@ -44,7 +44,8 @@ class _Watched(Shapes):
 def _is_of_any(equation: sympy.Eq) -> bool:
     """Whether it is max(1, size) = size, so of every size but none."""
     sides = (equation.lhs, equation.rhs)
-    return any(Max(1, one) == other for one, other in (sides, sides[::-1]))  # type: ignore[no-untyped-call]
+    least: Any = Max
+    return any(least(1, one) == other for one, other in (sides, sides[::-1]))
 
 
 def prove_sizes(loaded: Loaded[Any]) -> None:
