@@ -127,10 +127,12 @@ def test_inherited_and_overridden_sections_name_their_file(tmp_path: Path) -> No
     spec = tmp_path / "spec.yaml"
     spec.write_text(f"extends: {TINY}\nname: more\nmodel: {{ffn: {{width: 256}}}}\n")
     runner = CliRunner()
-    text = runner.invoke(cli, ["show", str(spec), "-o", "moe.shared=2"]).stdout
+    text = runner.invoke(cli, ["show", str(spec), "-o", "moe.shared={count: 2}"]).stdout
     found = {row[0]: row for row in rows(text) if len(row) == 6}
     assert found["FeedForward"][2] == "3"
     assert found["Attention"][2] == "tiny.yaml:10"
     assert found["SharedExperts"][2] == "-o:1"
-    detail = runner.invoke(cli, ["show", str(spec), "moe.shared", "-o", "moe.shared=2"]).stdout
-    assert "    1 | moe.shared=2" in detail
+    detail = runner.invoke(
+        cli, ["show", str(spec), "moe.shared", "-o", "moe.shared={count: 2}"]
+    ).stdout
+    assert "    1 | moe.shared={count: 2}" in detail
