@@ -108,7 +108,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
         group=6,
         losses=first(),
     ),
-    "switch-max": mixture({"select": 1}, capacity={"factor": 0.5, "priority": "weight"}),
+    "switch-max": mixture(
+        {"select": 1},
+        capacity={"factor": 0.5, "priority": "weight"},
+        losses={"balance": {"weight": 0.01, "after_capacity": True}},
+    ),
     "overflow-input": mixture({"select": 2}, capacity={"factor": 0.5, "overflow": "input"}),
     "bpr-sum": mixture(
         {"select": 2},

@@ -245,7 +245,7 @@ def test_the_auction_leaves_little_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ops, "_cheapest", counted)
     for kind, scores in instances(2000, 8, 5).items():
         ways.clear()
-        ops._assignment_kernel(scores)
+        ops._assigned(scores)
         assert len(ways) <= (16 if kind == "normal" else 200), kind
 
 
@@ -309,7 +309,9 @@ def test_minds_no_default_of_torch() -> None:
 
 def test_library_op_passes_opcheck() -> None:
     for scores in (torch.randn(12, 4), torch.randn(0, 4), torch.randn(6, 1).bfloat16()):
-        torch.library.opcheck(torch.ops.moegen.balanced_assignment, (scores,))
+        torch.library.opcheck(
+            torch.ops.moegen.balanced_assignment, (scores, torch.ones(scores.shape[0]) > 0)
+        )
 
 
 class Routed(torch.nn.Module):
@@ -353,4 +355,16 @@ def test_copies_of_the_source_stand_alone_and_side_by_side() -> None:
         copy = ModuleType(name)
         exec(compile(text, name, "exec"), copy.__dict__)
         assert torch.equal(copy.balanced_assignment(scores), balanced_assignment(scores))
-        assert torch.equal(copy._assignment_kernel(scores), balanced_assignment(scores))
+        assert torch.equal(copy._assigned(scores), balanced_assignment(scores))
+
+
+def test_padding_takes_no_place() -> None:
+    """Real tokens are as even as if the others were not there, and as well placed."""
+    chance = torch.Generator().manual_seed(2)
+    scores = torch.randn(24, 4, generator=chance)
+    valid = torch.rand(24, generator=chance) < 0.5
+    owner = balanced_assignment(scores, valid)[valid]
+    assert torch.equal(owner, balanced_assignment(scores[valid]))
+    counts = torch.bincount(owner[:, 0], minlength=4)
+    assert counts.max() - counts.min() <= 1
+    assert balanced_assignment(scores, torch.zeros(24, dtype=torch.bool)).shape == (24, 1)

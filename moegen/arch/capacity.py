@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -226,6 +227,14 @@ class Capacity(Element):
         if self.eval_factor == "unlimited":
             return in_mode(b.training, slots, size * chosen)
         return slots
+
+    def slots_of(self, tokens: int, moe: Mixture) -> int:
+        """Slots of each expert in training, for so many tokens that compete."""
+        if self.slots is not None:
+            return self.slots
+        chosen = moe.router.select.chosen(moe.granularity, moe.num_choices)
+        training: Any = SimpleNamespace(training=True)
+        return int(self._room(training, tokens, chosen, self.devices or moe.num_experts))
 
     def _room(self, b: Builder, tokens: Any, chosen: int, experts: int) -> Any:
         factor: Any = self.factor

@@ -184,7 +184,7 @@ def compute(b: Builder, moe: MoE, rows: Any, routed: Routed, training: bool) -> 
         sequences=(1, rows.shape[0]),
         ids={},
         group=None,
-        linear=matrix_of_expert(routed.ends, moe.num_experts),
+        linear=matrix_of_expert(routed.ends, moe.num_experts, moe.router.select.active(moe)),
         spread=_spread(routed.ends, nested.count),
     )
     path = (*inner.at, "router")

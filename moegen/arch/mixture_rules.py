@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moegen.arch.routing.ids import TOKEN
-from moegen.spec.element import Path
+from moegen.spec.element import Element, Path
+from moegen.spec.words import nearest
 
 if TYPE_CHECKING:
     from moegen.arch.moe import MoE
@@ -42,6 +43,9 @@ def of_capacity(moe: MoE) -> Iterator[tuple[Path, str]]:
         yield ("capacity", *below), sentence
     if moe.experts.free and (moe.capacity.overflow != "drop" or moe.capacity.devices):
         yield ("capacity",), "experts without parameters are for overflow: drop, by expert"
+    if isinstance(moe.group, int) and not moe.capacity.slots_of(moe.group, moe):
+        those = f"{moe.group} tokens and {moe.num_experts} experts"
+        yield ("capacity",), f"{those} give 0 slots; say minimum: 1 or rounding: ceil"
 
 
 def of_experts(moe: MoE) -> Iterator[tuple[Path, str]]:
@@ -171,3 +175,16 @@ def leaks(moe: MoE) -> Iterator[tuple[Path, str]]:
         at = "overflow" if capacity.priority == "rank" else "priority"
         at = at if at in capacity.model_fields_set else ""
         yield ("capacity", *([at] if at else [])), f"{leak}, {otherwise}"
+
+
+def unknown_key(moe: MoE, place: Path) -> str | None:
+    """What to say of a key in an override that no element has, with the nearest that it has."""
+    element: Any = moe
+    for step in place[:-1]:
+        element = getattr(element, str(step), element)
+    fields = list(type(element).model_fields)
+    key = str(place[-1]) if place else ""
+    if not isinstance(element, Element) or key in fields:
+        return None
+    best = nearest(key, fields)
+    return f"no key {key!r} here" + (f"; did you mean {best!r}?" if best else "")

@@ -13,7 +13,7 @@ from moegen.arch.capacity import Capacity
 from moegen.arch.experts import Decided, Experts, compute
 from moegen.arch.feed_forward import ExtraFeedForward, ResidualFeedForward, Shared, SharedExperts
 from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
-from moegen.arch.mixture_rules import of_mixture
+from moegen.arch.mixture_rules import of_mixture, unknown_key
 from moegen.arch.placement import Placement
 from moegen.arch.routing.routed import Routed, Scored, Site
 from moegen.arch.routing.router import Router
@@ -121,7 +121,8 @@ class MoE(Layer):
             except ValidationError as error:
                 for detail in error.errors():
                     context = detail.get("ctx", {}).get("error")
-                    for path, sentence in getattr(context, "problems", [((), detail["msg"])]):
+                    plain = unknown_key(self, detail["loc"]) or detail["msg"]
+                    for path, sentence in getattr(context, "problems", [((), plain)]):
                         yield ("overrides", index, *detail["loc"], *path), sentence
 
     # Facts

@@ -21,8 +21,8 @@ from moegen.ops.op import op
 
 
 def _define_assignment(
-    kernel: Callable[[Tensor], Tensor], fake: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
+    kernel: Callable[[Tensor, Tensor], Tensor], fake: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
     """A torch.library op, so that compile and export take the loops whole.
 
     A process may hold several copies of this file: the first defines the op, the others use it.
@@ -183,7 +183,7 @@ def _settle(
     return owner, price, not excess.any()
 
 
-def _assignment_kernel(scores: Tensor) -> Tensor:
+def _assigned(scores: Tensor) -> Tensor:
     """Auctions with ever smaller steps, until ways between experts can do the rest."""
     tokens, experts = scores.shape
     if tokens == 0 or experts == 1:
@@ -210,20 +210,30 @@ def _assignment_kernel(scores: Tensor) -> Tensor:
     return _settle(values, price, slack, tokens)[0].unsqueeze(1)
 
 
-def _assignment_fake(scores: Tensor) -> Tensor:
+def _assignment_kernel(scores: Tensor, valid: Tensor) -> Tensor:
+    """Real tokens share the places; padding, which none is kept for, is said to be at expert 0."""
+    owner = scores.new_zeros(scores.shape[0], 1, dtype=torch.int64)
+    owner[valid] = _assigned(scores[valid])
+    return owner
+
+
+def _assignment_fake(scores: Tensor, valid: Tensor) -> Tensor:
     return scores.new_empty(scores.shape[0], 1, dtype=torch.int64)
 
 
 _balanced_assignment = _define_assignment(_assignment_kernel, _assignment_fake)
 
 
-@op(flops=lambda scores: 0)
-def balanced_assignment(scores: Tensor) -> Tensor:
+@op(flops=lambda scores, valid=None: 0)
+def balanced_assignment(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     """The expert of every token, so that the total score is highest: [T, E] -> [T, 1] int64.
 
     Every expert gets T / E tokens, rounded down or up. The total is within T * 1e-12 of the
     optimum, as a fraction of the widest span of a token's finite scores; among equal optima
     it picks one, always the same. A NaN counts as the token's lowest score, and -inf is taken only
-    where it must be.
+    where it must be. Tokens that are not valid [T] take no place; what is returned for them means
+    nothing.
     """
-    return _balanced_assignment(scores.detach())
+    if valid is None:
+        valid = torch.ones_like(scores[:, 0], dtype=torch.bool)
+    return _balanced_assignment(scores.detach(), valid)

@@ -278,7 +278,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     Rows of no expert, from ends[-1] on, give zeros and get zero gradients, whatever they hold.
     """
-    return _grouped_linear(rows, weight, ends)  # type: ignore[no-any-return]
+    # Under autocast rows may come from a product in 16 bits.
+    return _grouped_linear(rows.to(weight.dtype), weight, ends)  # type: ignore[no-any-return]
 
 
 @op(

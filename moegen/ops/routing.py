@@ -135,7 +135,10 @@ def nested_experts(experts: Tensor, ends: Tensor, inner: int) -> Tensor:
     return torch.where(known, outer * inner + experts, nowhere)
 
 
-@op(effect=True, flops=lambda scores, training: 0)
-def balanced_or_best(scores: Tensor, training: bool) -> Tensor:
-    """An expert for each token, scores [T, E] -> [T, 1]: balanced in training, else its best."""
-    return balanced_assignment(scores) if training else top_k(scores, 1)
+@op(effect=True, flops=lambda scores, valid, training: 0)
+def balanced_or_best(scores: Tensor, valid: Tensor, training: bool) -> Tensor:
+    """An expert for each token, scores [T, E] -> [T, 1]: balanced in training, else its best.
+
+    Padding, where valid [T] is false, takes no place of real tokens.
+    """
+    return balanced_assignment(scores, valid) if training else top_k(scores, 1)

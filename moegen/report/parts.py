@@ -71,6 +71,7 @@ def _print_part(screen: Console, part: Part) -> None:
 def _print_kinds(screen: Console, part: Part) -> None:
     columns = ("kind", "what it is", "fields") if part.family else ("what it is", "fields")
     rows = table(None, columns)
+    rows.columns[0].no_wrap = bool(part.family)  # names are kept whole, sentences are not
     for element in part.elements:
         kind = vocabulary.kind_of(element)
         cells = [plain(element.summary()), plain(", ".join(_shorts(element)))]

@@ -36,6 +36,9 @@ def _notes(screen: Console, made: Estimate) -> None:
         f"A multiply-accumulate is 2 FLOPs. Attention counts the pairs that the causal mask, and a "
         f"window if any, lets through: the mean over a sequence of {length} tokens.",
     )
+    moe = getattr(made.plan.spec.model, "moe", None)
+    if moe is not None and moe.capacity is not None:
+        note(screen, "Routed experts count as if capacity refused nothing: at most so much.")
     if made.checkpointing:
         note(screen, "Backward includes the layers' second forward pass (--checkpointing).")
     decode = numbers.work(made.decode_flops)

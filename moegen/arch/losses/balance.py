@@ -116,7 +116,7 @@ class BalanceLoss(AuxiliaryLoss):
             return balance_loss(self._share(outcome, experts[:, 1:2]), rest)
         if self.count == "first":
             return balance_loss(self._share(outcome, experts[:, :1]), outcome.probability)
-        choices = routed.choices.shape[-1]
+        choices = outcome.moe.chosen
         if self.after_capacity:
             share = self._share(outcome, experts)
             share = share / choices if self.count == "mean" and choices > 1 else share

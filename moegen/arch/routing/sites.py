@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -40,17 +41,20 @@ def matrix_of_id(ids: Any, count: int) -> Linear:
     return linear
 
 
-def matrix_of_expert(ends: Any, experts: int) -> Linear:
-    """x [N, d] times the matrix of each row's expert, whose rows end at ends [E]."""
+def matrix_of_expert(ends: Any, experts: int, active: Fraction) -> Linear:
+    """x [N, d] times the matrix of each row's expert, whose rows end at ends [E].
+
+    active: the fraction of the experts that a token meets.
+    """
 
     def linear(b: Builder, x: Any, name: str, n: int, bias: bool = False) -> Any:
         dtype, width = b.spec.precision.router_dtype, b.spec.model.d_model
         name = f"inner_{name}"
-        weight = b.param(name, experts, n, width, dtype=dtype, role="router")
+        facts: dict[str, Any] = {"dtype": dtype, "role": "router", "active": active}
+        weight = b.param(name, experts, n, width, **facts)
         if not bias:
             return grouped_linear(_as_router(b, x), weight, ends)
-        facts: dict[str, Any] = {"dtype": dtype, "init": ZEROS, "role": "router"}
-        added = b.param(f"{name}_bias", experts, n, **facts)
+        added = b.param(f"{name}_bias", experts, n, init=ZEROS, **facts)
         return grouped_bias(grouped_linear(_as_router(b, x), weight, ends), added, ends)
 
     return linear

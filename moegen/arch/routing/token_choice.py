@@ -286,5 +286,4 @@ class Balanced(TokenChoice):
         """Assigned in training, the best in evaluation."""
         if scored.valid is None:
             return top_k(scored.ranked, 1)
-        ranked = scored.ranked.masked_fill(~scored.valid.unsqueeze(-1), 0)
-        return balanced_or_best(ranked, b.training)
+        return balanced_or_best(scored.ranked, scored.valid, b.training)
