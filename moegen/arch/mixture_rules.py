@@ -57,9 +57,8 @@ def of_experts(moe: MoE) -> Iterator[tuple[Path, str]]:
         yield ("experts",), "with blend the token itself is added already"
     if experts.nested is None:
         return
-    for name in ("balance_bias",):
-        if getattr(moe.router, name):
-            yield ("router", name), f"{name} knows no mixtures inside experts"
+    if moe.router.balance_bias:
+        yield ("router", "balance_bias"), "balance_bias knows no mixtures inside experts"
     if moe.granularity > 1:
         yield ("granularity",), "granularity is for experts that are networks, not mixtures"
     if not select.tokens_choose:
