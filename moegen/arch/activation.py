@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from moegen.ops.activations import clamped_swiglu, cubic, geglu, reglu, relu2, swiglu
 from moegen.spec.element import Kinds
 
 
@@ -32,7 +32,7 @@ class SwiGLU(Activation):
 
     def apply(self, gate: Any, up: Any = None) -> Any:
         """silu(gate) * up."""
-        return F.silu(gate) * up
+        return swiglu(gate, up)
 
 
 class GeGLU(Activation):
@@ -43,7 +43,7 @@ class GeGLU(Activation):
 
     def apply(self, gate: Any, up: Any = None) -> Any:
         """gelu(gate) * up."""
-        return F.gelu(gate, approximate=self.approximate) * up
+        return geglu(gate, up, approximate=self.approximate)
 
 
 class ReGLU(Activation):
@@ -53,7 +53,7 @@ class ReGLU(Activation):
 
     def apply(self, gate: Any, up: Any = None) -> Any:
         """relu(gate) * up."""
-        return F.relu(gate) * up
+        return reglu(gate, up)
 
 
 class ClampedSwiGLU(Activation):
@@ -65,9 +65,7 @@ class ClampedSwiGLU(Activation):
 
     def apply(self, gate: Any, up: Any = None) -> Any:
         """(clip(up, -l, l) + 1) * g * sigmoid(alpha * g)."""
-        gate = gate.clamp(max=self.limit)
-        up = up.clamp(-self.limit, self.limit)
-        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+        return clamped_swiglu(gate, up, limit=self.limit, alpha=self.alpha)
 
 
 class ReLU(Activation):
@@ -89,7 +87,7 @@ class SquaredReLU(Activation):
 
     def apply(self, gate: Any, up: Any = None) -> Any:
         """max(x, 0)^2."""
-        return F.relu(gate).square()
+        return relu2(gate)
 
 
 class GELU(Activation):
@@ -123,7 +121,7 @@ class Cubic(Activation):
 
     def apply(self, gate: Any, up: Any = None) -> Any:
         """x^3."""
-        return gate**3
+        return cubic(gate)
 
 
 class Identity(Activation):

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ParamSpec, TypeVar
 
 from torch import fx
@@ -19,19 +20,23 @@ class Op:
     """What the compiler knows of one op; the function itself is its meaning and its source.
 
     flops: FLOPs of the forward pass, from the arguments (one multiply-accumulate is two).
-    backward: FLOPs of the backward pass over those of the forward pass.
+    backward: FLOPs of the backward pass over those of the forward pass; a callable gives the
+        ratio from the arguments.
     saves: names of the arguments that backward keeps, "out" for the result ("out.0" for its
         first part); a callable gives them from the arguments where they depend on these.
     extra: bytes that backward keeps beyond these, from the arguments.
+    elementwise: True if each value of the result depends on the values at its place alone, so that
+        a fusion may compute it on any part, or once more.
     effect: True if the op writes to an argument or draws random numbers, so that neither its
         place nor its number of executions may change.
     """
 
     reference: Callable[..., Any]
     flops: Callable[..., int] | None = None
-    backward: float = 2.0
+    backward: float | Callable[..., Fraction] = 2.0
     saves: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     extra: Callable[..., int] | None = None
+    elementwise: bool = False
     effect: bool = False
 
     @property

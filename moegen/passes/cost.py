@@ -153,9 +153,11 @@ class _Program:
     def _flops(self, node: fx.Node) -> tuple[int, int]:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta.val)
         known = op_of(node.target)
+        ratio: float | Fraction
         if known:
             flops = known.flops(*args, **kwargs) if known.flops else 0
-            ratio: float | Fraction = known.backward
+            given = known.backward
+            ratio = given(*args, **kwargs) if callable(given) else given
         else:
             formula = torch_costs.FLOPS.get(node.target)
             flops = formula(meta.val(node), *args, **kwargs) if formula else 0
