@@ -1,0 +1,1 @@
+"""The Triton kernels of routed layers and what binds them to torch."""
