@@ -53,14 +53,25 @@ def load(source: Source, overrides: Overrides = ()) -> Loaded[Spec]:
 
 
 def plan(
-    source: Source, overrides: Overrides = (), *, batch: int = 1, sequence: int | None = None
+    source: Source,
+    overrides: Overrides = (),
+    *,
+    batch: int = 1,
+    sequence: int | None = None,
+    backend: str = "eager",
 ) -> Plan:
-    """Lower a spec to components of known shape and cost, for a batch of sequences."""
+    """Lower a spec to components of known shape and cost, for a batch of sequences.
+
+    backend: whose fusions its graphs are rewritten by.
+    """
+    fusions = find_backend(backend).fusions
     if isinstance(source, Plan) and not overrides and sequence is None:
-        return source
+        if source.fusions == fusions:
+            return source
+        return lower(load(source), source.workload, fusions)
     loaded = load(source, overrides)
     length = sequence or min(4096, loaded.spec.model.max_sequence)
-    return lower(loaded, Workload(batch, length))
+    return lower(loaded, Workload(batch, length), fusions)
 
 
 def estimate(source: Source, overrides: Overrides = (), **workload: Any) -> Any:
@@ -70,7 +81,7 @@ def estimate(source: Source, overrides: Overrides = (), **workload: Any) -> Any:
     for what, key, known in (("GPU", "gpu", GPUS), ("optimizer", "optimizer", OPTIMIZERS)):
         if workload.get(key) is not None:
             choose(what, workload[key], known)
-    planned = {k: workload.pop(k) for k in ("batch", "sequence") if k in workload}
+    planned = {k: workload.pop(k) for k in ("batch", "sequence", "backend") if k in workload}
     return of_plan(plan(source, overrides, **planned), **workload)
 
 
@@ -87,8 +98,8 @@ def build(
     First proves, on symbols, that the code holds for any batch and sequence.
     out: the folder; `generated/NAME` below the current one unless given.
     """
-    planned = plan(source, overrides)
-    prove_sizes(load(planned))
+    planned = plan(source, overrides, backend=backend)
+    prove_sizes(load(planned), planned.fusions)
     made = package(planned, find_backend(backend))
     folder = Path(out) if out is not None else Path("generated") / identifier(made.name)
     write(made, folder, force=force)
@@ -101,12 +112,12 @@ def check(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _again(spec: Path, backend: str) -> Package:
-    return package(plan(spec), find_backend(backend))
+    return package(plan(spec, backend=backend), find_backend(backend))
 
 
 def module(source: Source, overrides: Overrides = (), *, backend: str = "eager") -> ModuleType:
     """Import a spec's model without keeping its files: the package that `build` would write."""
-    made = package(plan(source, overrides), find_backend(backend))
+    made = package(plan(source, overrides, backend=backend), find_backend(backend))
     place = tempfile.mkdtemp(prefix="moegen-")
     # Tracebacks, torch.compile and Triton read the source as long as the process lives.
     atexit.register(shutil.rmtree, place, ignore_errors=True)

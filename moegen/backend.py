@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from typing import Any
 
 from moegen.errors import BackendError, Problem
+from moegen.passes.fuse import Fusion
 from moegen.planner import Plan
 
 GROUP = "moegen.backends"
@@ -18,18 +19,30 @@ def _nothing(plan: Plan) -> Iterator[Problem]:
     yield from ()
 
 
+def _no_files(ops: set[str]) -> dict[str, str]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Backend:
-    """How ops are emitted.
+    """How ops are emitted, and which of them are made from several first.
 
     ops: gives the text of the package's ops.py for the names of the ops that a model uses.
+    files: gives the package's further files by name, at most one folder deep, for the same names.
     needs: reasons why a plan cannot run with this backend here.
+    fusions: rewrites of a plan's graphs, in this order, before anything is counted or emitted.
+    lacks: what of a plan is emitted as plain PyTorch, because this backend has nothing better.
+    says: what this backend decided about a plan.
     """
 
     name: str
     summary: str
     ops: Callable[[set[str]], str]
     needs: Callable[[Plan], Iterator[Problem]] = _nothing
+    files: Callable[[set[str]], Mapping[str, str]] = _no_files
+    fusions: tuple[Fusion, ...] = ()
+    lacks: Callable[[Plan], Iterator[Problem]] = _nothing
+    says: Callable[[Plan], Iterator[Problem]] = _nothing
 
 
 def backends() -> dict[str, Any]:
@@ -45,7 +58,10 @@ def backends() -> dict[str, Any]:
 
 
 def backend(name: str) -> Backend:
-    """The backend of a name; anything with the fields of Backend will do."""
+    """The backend of a name; anything with the fields of Backend will do.
+
+    What has the first four alone is given the others.
+    """
     known = backends()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -55,4 +71,7 @@ def backend(name: str) -> Backend:
     missing = [f for f in ("name", "summary", "ops", "needs") if not hasattr(loaded, f)]
     if missing:
         raise BackendError(f"backend {name!r} lacks {', '.join(missing)} ({known[name].value})")
-    return loaded  # type: ignore[no-any-return]
+    if isinstance(loaded, Backend):
+        return loaded
+    given = (f.name for f in fields(Backend) if hasattr(loaded, f.name))
+    return Backend(**{name: getattr(loaded, name) for name in given})

@@ -15,6 +15,7 @@ from moegen.graph.component import Component
 from moegen.graph.fault import Fault
 from moegen.graph.verify import verify
 from moegen.passes.cost import Costs, Summary
+from moegen.passes.fuse import Fusion, fuse
 from moegen.passes.shapes import Shapes
 from moegen.spec.element import Path
 from moegen.spec.load import Loaded
@@ -41,6 +42,7 @@ class Plan:
     costs: Mapping[str, Summary]
     marks: Mapping[Path, Mark] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    fusions: tuple[Fusion, ...] = ()
 
     @property
     def warnings(self) -> tuple[Problem, ...]:
@@ -58,8 +60,8 @@ class Plan:
         return self.root.distinct()
 
 
-def lower(loaded: Loaded[Spec], workload: Workload) -> Plan:
-    """Trace a spec and run every program on fake tensors."""
+def lower(loaded: Loaded[Spec], workload: Workload, fusions: tuple[Fusion, ...] = ()) -> Plan:
+    """Trace a spec, apply a backend's fusions, and run every program on fake tensors."""
     spec, marks = loaded.spec, loaded.marks
     trace = Trace(spec)
     try:
@@ -67,6 +69,8 @@ def lower(loaded: Loaded[Spec], workload: Workload) -> Plan:
         mode = FakeTensorMode()
         results: dict[str, Any] = {}
         costs: dict[str, Summary] = {}
+        verify(root)
+        fuse(root, fusions)
         verify(root)
         for program, inputs in spec.model.examples(workload.batch, workload.sequence).items():
             if program in root.programs:
@@ -79,7 +83,7 @@ def lower(loaded: Loaded[Spec], workload: Workload) -> Plan:
                     costs["forward, checkpointed"] = Costs(("layers",)).of(root, program)
     except Fault as error:
         raise PlanError(_problem(error, marks)) from error
-    return Plan(spec, root, workload, trace.records, results, costs, marks, loaded.data)
+    return Plan(spec, root, workload, trace.records, results, costs, marks, loaded.data, fusions)
 
 
 def _problem(error: Fault, marks: Mapping[Path, Mark]) -> Problem:

@@ -156,7 +156,10 @@ class Printer:
             return Text(f"{type(value).__name__}({self._arguments((), named)})", _CALL)
         if isinstance(value, (tuple, list)):
             return self._sequence(value)
-        return constant(value)
+        known = op_of(value)
+        if known:
+            self.ops.add(known.name)
+        return Text(function_name(value)) if callable(value) else constant(value)
 
     def _sequence(self, value: Any) -> Text:
         texts = [self.value(v).code for v in value]

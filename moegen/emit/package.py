@@ -47,6 +47,7 @@ def package(plan: Plan, backend: Backend) -> Package:
         "__init__.py": _door(plan),
         "model.py": _model(plan, classes, body),
         "ops.py": backend.ops(classes.ops),
+        **backend.files(classes.ops),
         "runtime.py": runtime(kind),
         "spec.yaml": resolved,
         "py.typed": "",

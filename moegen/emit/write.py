@@ -25,9 +25,13 @@ def write(package: Package, folder: Path, *, force: bool) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         order = sorted(package.files, key=lambda name: (name == "plan.json", name))
         stale = _recorded(folder).keys() - package.files.keys()
+        for name in order:
+            (folder / name).parent.mkdir(exist_ok=True)
         changed = [name for name in order if put(folder / name, package.files[name])]
         for name in sorted(stale):
             (folder / name).unlink(missing_ok=True)
+            if (folder / name).parent != folder and not any((folder / name).parent.iterdir()):
+                (folder / name).parent.rmdir()
     except OSError as error:
         raise PackageError(f"cannot write to {folder}: {error.strerror or error}") from error
     return changed
@@ -75,8 +79,14 @@ def _recorded(folder: Path) -> Mapping[str, str]:
     if not (folder / "plan.json").is_file():
         return {}
     files = _facts(folder).get("files")
-    plain = isinstance(files, dict) and all(Path(n).name == n for n in files)
+    plain = isinstance(files, dict) and all(map(_is_plain, files))
     return files if isinstance(files, dict) and plain else {}
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name in a plan.json is of a file in the package, at most one folder deep."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(Path(p).name == p for p in parts)
 
 
 def _facts(folder: Path) -> dict[str, object]:

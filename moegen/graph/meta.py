@@ -15,6 +15,7 @@ PART = "part"  # this node is one target of its author's unpacking
 SECTION = "section"  # the comment above a group of statements
 ORIGIN = "origin"  # where it comes from
 COST = "cost"  # what it costs
+FUSED = "fused"  # what a node that fuses several replaces, a word for each
 METHOD = "method"  # call_module only: which program of the child is called
 
 

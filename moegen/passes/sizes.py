@@ -15,6 +15,7 @@ from moegen.errors import PlanError, Problem
 from moegen.graph import meta
 from moegen.graph.builder import Trace
 from moegen.graph.fault import Fault
+from moegen.passes.fuse import Fusion, fuse
 from moegen.passes.shapes import Shapes, describe
 from moegen.spec.load import Loaded
 
@@ -48,13 +49,14 @@ def _is_of_any(equation: sympy.Eq) -> bool:
     return any(least(1, one) == other for one, other in (sides, sides[::-1]))
 
 
-def prove_sizes(loaded: Loaded[Any]) -> None:
+def prove_sizes(loaded: Loaded[Any], fusions: tuple[Fusion, ...] = ()) -> None:
     """Run training's program with symbolic batch and sequence; raises PlanError if one is baked in.
 
     A program is general if no equation between a size and a number had to hold on the way.
     """
     trace = Trace(loaded.spec)
     root = trace.component(loaded.spec.model, ("model",), "other")
+    fuse(root, fusions)
     environment = ShapeEnv(duck_shape=False, specialize_zero_one=True)
     mode = FakeTensorMode(shape_env=environment)
     shapes = _Watched(mode, environment)

@@ -1,0 +1,1 @@
+"""Fusions that backends choose from: each is a rewrite of one graph."""
