@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Triton's kernels run on CPU tensors in its interpreter; read where kernels are defined.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 
