@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "clamped_swiglu")
-PLAIN = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "cubic", "linear")
+PLAIN = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "cubic", "identity")
 
 
 def kernel_name(activation: str, approximate: str = "none") -> str:
     """The name of an activation function inside kernels; both forms of GELU have one."""
-    name = activation.removesuffix("_activation")
-    name = f"{name}_tanh" if approximate == "tanh" else name
+    activation = "identity" if activation == "linear_activation" else activation
+    name = f"{activation}_tanh" if approximate == "tanh" else activation
     if name not in GATED + PLAIN:
         raise ValueError(f"there is no kernel for the activation {name!r}")
     return name
@@ -91,7 +91,7 @@ def _plain(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "cubic":
         y = x * x * x
     else:
-        tl.static_assert(ACTIVATION == "linear")
+        tl.static_assert(ACTIVATION == "identity")
         y = x
     return y
 
@@ -111,7 +111,7 @@ def _plain_derivative(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "cubic":
         slope = 3 * x * x
     else:
-        tl.static_assert(ACTIVATION == "linear")
+        tl.static_assert(ACTIVATION == "identity")
         slope = tl.full(x.shape, 1.0, tl.float32)
     return slope
 
