@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,14 +76,22 @@ def plan(
 
 
 def estimate(source: Source, overrides: Overrides = (), **workload: Any) -> Any:
-    """Parameters, FLOPs and memory of a spec, read off the graph that is emitted."""
+    """Parameters, FLOPs and memory of a spec, read off the graph that is emitted.
+
+    With another backend than eager, the estimate for eager is beside it.
+    """
     from moegen.estimator import estimate as of_plan
 
     for what, key, known in (("GPU", "gpu", GPUS), ("optimizer", "optimizer", OPTIMIZERS)):
         if workload.get(key) is not None:
             choose(what, workload[key], known)
     planned = {k: workload.pop(k) for k in ("batch", "sequence", "backend") if k in workload}
-    return of_plan(plan(source, overrides, **planned), **workload)
+    made = of_plan(plan(source, overrides, **planned), **workload)
+    name = planned.pop("backend", "eager")
+    if name == "eager":
+        return made
+    beside = of_plan(plan(source, overrides, **planned), **workload)
+    return replace(made, backend=name, beside=beside)
 
 
 def build(

@@ -3,62 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from moegen import __version__
-from moegen.errors import MoegenError
+from moegen.errors import BackendError, MoegenError
+from moegen.exits import TRACEBACK, Commands
 from moegen.gpus import GPUS
 from moegen.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from moegen.planner import Plan
-
-TRACEBACK = "MOEGEN_TRACEBACK"
-
-
-class Commands(click.Group):
-    """A group whose commands end with a sentence and an exit code, whatever happens.
-
-    2 for what is wrong with the input, 1 for a fault of moegen, 130 for Ctrl-C.
-    """
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; errors become messages on stderr."""
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except MoegenError as error:
-            click.echo(str(error), err=True)
-            self._trace(ctx)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(130)
-        except BrokenPipeError:
-            sys.stdout = None  # nobody reads it any more
-            ctx.exit(141)
-        except OSError as error:
-            click.echo(f"error: {error.filename or 'output'}: {error.strerror or error}", err=True)
-            self._trace(ctx)
-            ctx.exit(1)
-        except Exception as error:
-            said = str(error).splitlines()[0] if str(error) else "no message"
-            click.echo(f"moegen failed: {type(error).__name__}: {said}", err=True)
-            if not self._trace(ctx):
-                click.echo("This is a fault of moegen. --traceback shows where it is.", err=True)
-            ctx.exit(1)
-
-    def _trace(self, ctx: click.Context) -> bool:
-        wanted = bool(ctx.params.get("traceback"))
-        if wanted:
-            click.echo(traceback.format_exc(), err=True)
-        return wanted
 
 
 @click.group(
@@ -85,6 +42,9 @@ def cli(imports: tuple[str, ...], traceback: bool) -> None:
 
 
 spec_argument = click.argument("spec", type=click.Path(path_type=str))
+backend_option = click.option(
+    *("-b", "--backend"), default="eager", show_default=True, help="What emits the ops."
+)
 override_option = click.option(
     "-o",
     "--override",
@@ -98,11 +58,12 @@ override_option = click.option(
 @cli.command()
 @spec_argument
 @override_option
-@click.option("-b", "--backend", default="eager", show_default=True, help="What emits the ops.")
+@backend_option
 @click.option("--out", metavar="DIR", help="Folder to write into; generated/NAME unless given.")
 @click.option("--force", is_flag=True, help="Write over files that were edited or are foreign.")
+@click.option("--strict", is_flag=True, help="Fail where the backend would fall back to PyTorch.")
 def build(
-    spec: str, overrides: tuple[str, ...], backend: str, out: str | None, force: bool
+    spec: str, overrides: tuple[str, ...], backend: str, out: str | None, force: bool, strict: bool
 ) -> None:
     """Write SPEC's model as a package of Python files."""
     from moegen.api import build as write
@@ -112,7 +73,10 @@ def build(
     from moegen.report.screen import console
 
     chosen = find_backend(backend)
-    made = plan(spec, overrides)
+    made = plan(spec, overrides, backend=backend)
+    lacking = tuple(chosen.lacks(made))
+    if strict and lacking:
+        raise BackendError(lacking)
     folder = write(made, out, backend=backend, force=force)
     print_built(console(), made, folder, chosen)
 
@@ -120,6 +84,7 @@ def build(
 @cli.command()
 @spec_argument
 @override_option
+@backend_option
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--sequence", type=click.IntRange(min=1), help="Tokens; max_sequence, at most 4096.")
 @click.option(
@@ -166,6 +131,7 @@ def estimate(spec: str, overrides: tuple[str, ...], as_json: bool, **workload: A
 @spec_argument
 @click.argument("path", required=False)
 @override_option
+@backend_option
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--sequence", type=click.IntRange(min=1), help="Tokens; max_sequence, at most 4096.")
 @click.option(
@@ -189,6 +155,7 @@ def show(
     spec: str,
     path: str | None,
     overrides: tuple[str, ...],
+    backend: str,
     program: str,
     style: str,
     batch: int,
@@ -209,7 +176,7 @@ def show(
         return
     if as_json:
         raise click.UsageError("--json is for --routing")
-    made = plan(spec, overrides, batch=batch, sequence=sequence)
+    made = plan(spec, overrides, batch=batch, sequence=sequence, backend=backend)
     if style == "text":
         _show_text(made, path, program)
     else:

@@ -86,6 +86,8 @@ class Estimate:
     training: Memory
     inference: Memory
     fit: Fit | None
+    backend: str = "eager"
+    beside: Estimate | None = None
 
     @property
     def forward_flops(self) -> Fraction:

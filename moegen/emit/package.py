@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -108,7 +109,7 @@ def _model(plan: Plan, classes: Classes, body: str) -> str:
 
 
 def _mentioned(body: str, names: set[str]) -> set[str]:
-    return {name for name in names if f"{name}(" in body}
+    return {name for name in names if re.search(rf'(?<![\w."]){name}(?![\w"])', body)}
 
 
 def _import_ops(names: list[str]) -> str:

@@ -7,12 +7,14 @@ import builtins
 import functools
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moegen.errors import PackageError, Problem
 from moegen.ops.op import OPS
 
+DOORS = '"""The operations of this model: its kernels, and plain PyTorch for the rest."""'
+DOORS_ALONE = '"""The operations of this model, all of them kernels."""'
 HEAD = '"""The operations of this model: plain PyTorch, one function each."""'
 
 
@@ -25,8 +27,13 @@ class Module:
     statements: tuple[tuple[frozenset[str], frozenset[str], str], ...]  # (defines, uses, source)
 
 
-def ops_module(names: set[str]) -> str:
-    """The text of a module that defines the named ops and needs torch only."""
+def ops_module(names: set[str], doors: Mapping[str, str] | None = None) -> str:
+    """The text of a module that defines the named ops and needs torch only.
+
+    doors: ops that the module takes from another one of the package instead, by its name.
+    """
+    doors = {n: m for n, m in (doors or {}).items() if n in names}
+    names = names - doors.keys()
     wanted = {(OPS[name].reference.__module__, name) for name in names}
     kept: dict[str, set[int]] = {}
     imports: set[str] = set()
@@ -53,7 +60,8 @@ def ops_module(names: set[str]) -> str:
                     imports.add(line)
     _refuse_clash(kept)
     texts = [_module(m).statements[i][2] for m in sorted(kept) for i in sorted(kept[m])]
-    return _join(sorted(imports), texts)
+    lines = sorted(f"from {module} import {name} as {name}" for name, module in doors.items())
+    return _join(sorted(imports), lines, texts)
 
 
 def _refuse_clash(kept: dict[str, set[int]]) -> None:
@@ -66,11 +74,12 @@ def _refuse_clash(kept: dict[str, set[int]]) -> None:
                 raise PackageError(Problem(sentence, hint="rename one of them"))
 
 
-def _join(imports: list[str], texts: list[str]) -> str:
+def _join(imports: list[str], doors: list[str], texts: list[str]) -> str:
     standard = _merged(line for line in imports if not _is_torch(line))
     torch_lines = _merged(line for line in imports if _is_torch(line))
-    blocks = ["\n".join(lines) for lines in (standard, torch_lines) if lines]
-    out = "\n\n".join([HEAD, "from __future__ import annotations", *blocks])
+    blocks = ["\n".join(lines) for lines in (standard, torch_lines, doors) if lines]
+    head = HEAD if not doors else DOORS if texts else DOORS_ALONE
+    out = "\n\n".join([head, "from __future__ import annotations", *blocks])
     before = "imports"
     for text in texts:
         block = text.startswith(("def ", "class ", "@", "#")) or "\n" in text

@@ -16,6 +16,7 @@ SECTION = "section"  # the comment above a group of statements
 ORIGIN = "origin"  # where it comes from
 COST = "cost"  # what it costs
 FUSED = "fused"  # what a node that fuses several replaces, a word for each
+INSIDE = "inside"  # in place of the op's own, where a backend computes it otherwise
 METHOD = "method"  # call_module only: which program of the child is called
 
 

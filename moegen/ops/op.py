@@ -27,6 +27,8 @@ class Op:
     extra: bytes that backward keeps beyond these, from the arguments.
     elementwise: True if each value of the result depends on the values at its place alone, so that
         a fusion may compute it on any part, or once more.
+    inside: bytes that the op needs while it runs beside what is counted anyway, in the forward and
+        in the backward pass, from the arguments.
     effect: True if the op writes to an argument or draws random numbers, so that neither its
         place nor its number of executions may change.
     """
@@ -37,6 +39,7 @@ class Op:
     saves: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     extra: Callable[..., int] | None = None
     elementwise: bool = False
+    inside: Callable[..., tuple[int, int]] | None = None
     effect: bool = False
 
     @property

@@ -272,10 +272,19 @@ class _Program:
     def _inside(self, node: fx.Node, peak: str) -> int:
         """What a call needs inside, beside its result; all it keeps, if it is computed again."""
         if node.op != "call_module":
-            return 0
+            return self._workspace(node)[peak == "peak_backward"]
         below = self._child(node)[1]
         again = below.saved if self.costs.checkpointed(str(node.target)) else 0
         return int(getattr(below, peak)) + again
+
+    def _workspace(self, node: fx.Node) -> tuple[int, int]:
+        """Bytes that an op needs while it runs, forward and backward."""
+        known = op_of(node.target)
+        inside = node.meta.get(meta.INSIDE) or (known.inside if known else None)
+        if inside is None:
+            return 0, 0
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta.val)
+        return inside(*args, **kwargs)
 
 
 def _tensors(node: fx.Node) -> Iterator[Ref]:

@@ -43,14 +43,14 @@ def replace(
     made.meta.setdefault(meta.NAME, name)
     if meta.section(first) is not None:
         made.meta[meta.SECTION] = meta.section(first)
-    made.meta[meta.FUSED] = tuple(_word(node) for node in old)
+    made.meta[meta.FUSED] = tuple(word(node) for node in old)
     last.replace_all_uses_with(made)
     for node in reversed(old):
         if not node.users:
             graph.erase_node(node)
 
 
-def _word(node: fx.Node) -> str:
+def word(node: fx.Node) -> str:
     """What a node computes, in a word."""
     target = node.target
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))

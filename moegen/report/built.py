@@ -33,7 +33,9 @@ def print_built(screen: Console, plan: Plan, folder: Path, backend: Backend) -> 
         text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
         rows.add_row(name, numbers.exact(len(text.splitlines())), what)
     screen.print(rows)
-    for problem in (*plan.warnings, *backend.needs(plan)):
+    for problem in backend.says(plan):
+        screen.print(plain(problem.message), soft_wrap=True)
+    for problem in (*plan.warnings, *backend.lacks(plan), *backend.needs(plan)):
         print_warning(screen, problem)
     heading(screen, "next")
     screen.print(f"  {_command(folder, counts.total)}", soft_wrap=True)

@@ -28,6 +28,7 @@ def facts(made: Estimate) -> Facts:
             "sequence": work.sequence,
             "optimizer": made.optimizer,
             "checkpointing": made.checkpointing,
+            "backend": made.backend,
         },
         "parameters": {
             "total": counts.total,
@@ -43,6 +44,8 @@ def facts(made: Estimate) -> Facts:
         "cache": {"bytes": made.cache_bytes, "bytes_per_token": number(made.cache_bytes_per_token)},
         "training_memory": _memory(made.training),
         "inference_memory": _memory(made.inference),
+        "eager_training_memory": _memory(made.beside.training) if made.beside else None,
+        "eager_inference_memory": _memory(made.beside.inference) if made.beside else None,
         "gpu": _gpu(made),
         "warnings": [_warning(problem) for problem in made.plan.warnings],
     }

@@ -14,8 +14,11 @@ def print_memory(screen: Console, made: Estimate) -> None:
     work = made.plan.workload
     shape = f"{work.batch} x {numbers.exact(work.sequence)} tokens"
     kept = ", layers checkpointed" if made.checkpointing else ""
-    _lines(screen, f"Memory for training: {shape}, {made.optimizer}{kept}", made.training)
-    _lines(screen, f"Memory for inference: {shape} of context", made.inference)
+    beside, with_ = made.beside, f", {made.backend}" if made.beside else ""
+    title = f"Memory for training: {shape}, {made.optimizer}{kept}{with_}"
+    _lines(screen, title, made.training, beside.training if beside else None)
+    title = f"Memory for inference: {shape} of context{with_}"
+    _lines(screen, title, made.inference, beside.inference if beside else None)
     per_token = made.cache_bytes_per_token
     screen.print(
         f"Cache: {numbers.exact(per_token)} bytes for each token; "
@@ -30,11 +33,15 @@ def print_memory(screen: Console, made: Estimate) -> None:
         _fit(screen, made, made.fit)
 
 
-def _lines(screen: Console, title: str, memory: Memory) -> None:
-    footer = ("total", numbers.size(memory.total), "", "")
-    rows = table(title, ("what", ">bytes", "certainty", "note"), footer=footer)
-    for line in memory.lines:
-        rows.add_row(line.name, numbers.size(line.bytes), line.certainty, line.note)
+def _lines(screen: Console, title: str, memory: Memory, eager: Memory | None) -> None:
+    """A table of memory, with the eager backend's in a column beside where it is given."""
+    other = [numbers.size(eager.total)] if eager else []
+    footer = ("total", numbers.size(memory.total), *other, "", "")
+    columns = ("what", ">bytes", *([">eager"] if eager else []), "certainty", "note")
+    rows = table(title, columns, footer=footer)
+    for index, line in enumerate(memory.lines):
+        other = [numbers.size(eager.lines[index].bytes)] if eager else []
+        rows.add_row(line.name, numbers.size(line.bytes), *other, line.certainty, line.note)
     screen.print()
     screen.print(rows)
 

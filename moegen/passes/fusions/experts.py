@@ -15,22 +15,29 @@ from moegen.ops.activations import identity
 from moegen.ops.experts import combine, gather_rows, grouped_bias, grouped_linear
 from moegen.ops.feed_forward import grouped_feed_forward, routed_feed_forward
 from moegen.ops.op import op_of
-from moegen.passes.fuse import replace
+from moegen.passes.fuse import Fusion, replace
 
 _ELEMENTWISE = (F.relu, F.gelu, F.silu)  # of torch's, what activations are made of
 
 
-def fuse_experts(component: Component, graph: fx.Graph) -> None:
+def experts_fusion(knows: Callable[[str], bool]) -> Fusion:
     """Networks of experts, with the gather before and the sum after them where these are there.
 
-    What stands between the products must be one elementwise function: with dropout there, the
-    products stay as they are.
+    What stands between the products must be one elementwise function, whose name `knows`: with
+    dropout there, the products stay as they are.
     """
-    for node in list(graph.nodes):
-        if node.target is grouped_linear:
-            found = _network(node)
-            if found is not None:
-                _rewrite(component, found)
+
+    def fusion(component: Component, graph: fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if node.target is grouped_linear:
+                found = _network(node)
+                if found is not None and knows(found.activation.__name__):
+                    _rewrite(component, found)
+
+    return fusion
+
+
+fuse_experts = experts_fusion(lambda activation: True)
 
 
 @dataclass(frozen=True)

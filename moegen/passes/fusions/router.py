@@ -14,6 +14,7 @@ from moegen.graph import meta
 from moegen.graph.component import Component
 from moegen.ops.router import route
 from moegen.ops.routing import top_k
+from moegen.passes.fuse import word
 
 
 def fuse_router(component: Component, graph: fx.Graph) -> None:
@@ -152,9 +153,7 @@ def _rewrite(found: _Router) -> None:
         made = graph.call_function(route, args, named)
         parts = [graph.call_function(operator.getitem, (made, i)) for i in range(4)]
     made.meta = {k: v for k, v in place.meta.items() if k in (meta.ORIGIN, meta.SECTION)}
-    made.meta[meta.FUSED] = tuple(
-        str(getattr(n.target, "__name__", n.target)) for n in found.inside
-    )
+    made.meta[meta.FUSED] = tuple(map(word, found.inside))
     for part, old, name in zip(parts, found.results, _NAMES, strict=True):
         part.meta = {**made.meta, meta.PART: True, meta.NAME: name}
         part.meta.pop(meta.FUSED)

@@ -1,0 +1,91 @@
+"""The rewrites of a plan for kernels: what becomes one op, and how wide experts read their rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moegen.graph import meta
+from moegen.graph.component import Component
+from moegen.graph.fault import Fault
+from moegen.ops.experts import grouped_linear
+from moegen.ops.feed_forward import grouped_feed_forward, routed_feed_forward
+from moegen.passes.fusions.experts import experts_fusion
+from moegen.passes.fusions.router import fuse_router
+from moegen_triton.kernels.chips import CHIPS
+from moegen_triton.kernels.costs import permutes
+
+# Activations that kernels know; others stay a node of their own between two products.
+ACTIVATIONS = frozenset(
+    ("swiglu", "geglu", "reglu", "clamped_swiglu", "relu", "relu2", "gelu", "silu", "cubic")
+) | {"identity"}
+
+
+def check_formats(component: Component, graph: fx.Graph) -> None:
+    """Refuse experts in fp64, which kernels do not compute in."""
+    for node in graph.nodes:
+        if node.target is grouped_linear:
+            weight = component.weights.get(str(node.args[1].target))
+            if weight is not None and weight.dtype == torch.float64:
+                sentence = "there are no Triton kernels for fp64; use fp32, or -b eager"
+                raise Fault(sentence, ("precision",), "")
+
+
+def permute_wide(component: Component, graph: fx.Graph) -> None:
+    """Rows of wide experts are copied into their order once, and read as whole tiles then.
+
+    The copy costs r / n of the products' time (costs.permutes), so it pays where n is large.
+    """
+    for node in graph.nodes:
+        if node.target is routed_feed_forward:
+            width = component.weights[str(node.args[5].target)].shape[2]
+            if permutes(width, CHIPS[90]):
+                node.kwargs = {**node.kwargs, "permute": True}
+
+
+def count_workspace(component: Component, graph: fx.Graph) -> None:
+    """Note what kernels need while they run, which is less than plain PyTorch does."""
+    for node in graph.nodes:
+        if node.target is routed_feed_forward:
+            node.meta[meta.INSIDE] = _routed
+        if node.target is grouped_feed_forward:
+            node.meta[meta.INSIDE] = _grouped
+
+
+def _routed(
+    tokens: Tensor, order: Tensor, weights: Tensor, ends: Tensor, up: Tensor, down: Tensor, *_: Any,
+    recompute: bool = False, permute: bool = False, **__: Any,
+) -> tuple[int, int]:  # fmt: skip
+    """Of rows: activations and outputs forward; backward gradients of both products' inputs."""
+    rows, d, n = order.shape[0], down.shape[1], down.shape[2]
+    wide = up.shape[1]
+    copies = d if permute else 0
+    forward = max(n + d, copies + n)
+    backward = wide + n + d + 2 * copies + (wide if recompute else 0)
+    size = up.element_size() * rows
+    return forward * size, backward * size
+
+
+def _grouped(
+    rows: Tensor,
+    ends: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *_: Any,
+    recompute: bool = False,
+    **__: Any,
+) -> tuple[int, int]:
+    count, n, wide = rows.shape[0], down.shape[2], up.shape[1]
+    size = up.element_size() * count
+    return n * size, (wide + n + (wide if recompute else 0)) * size
+
+
+FUSIONS = (
+    check_formats,
+    experts_fusion(ACTIVATIONS.__contains__),
+    fuse_router,
+    permute_wide,
+    count_workspace,
+)
