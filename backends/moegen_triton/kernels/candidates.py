@@ -138,3 +138,13 @@ TILES_FP32: dict[str, tuple[Tile, ...]] = {
     "input_gradient": (Tile(16, 32, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
     "weight_gradient": (Tile(64, 64, 32, 4, 2),),
 }
+
+#: Tiles of widths that 16 does not divide, on every chip: numbers are loaded one by one,
+#: which takes registers.
+TILES_ODD: dict[str, tuple[Tile, ...]] = {
+    "up": (Tile(32, 32, 32, 4, 2),),
+    "down": (Tile(32, 32, 32, 4, 2), Tile(64, 64, 32, 8, 1)),
+    "hidden_gradient": (Tile(32, 32, 32, 4, 2),),
+    "input_gradient": (Tile(32, 32, 32, 4, 2), Tile(64, 64, 32, 8, 1)),
+    "weight_gradient": (Tile(32, 32, 32, 4, 2),),
+}

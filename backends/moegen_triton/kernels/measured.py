@@ -24,6 +24,8 @@ class Row(NamedTuple):
     n: int
     tile: Tile
     microseconds: float
+    #: What the cost model says of the same tile.
+    predicted: float = 0.0
 
 
 def bucket(rows: int) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .candidates import INTERPRETED, KERNELS, TILES, TILES_FP32, Tile
+from .candidates import INTERPRETED, KERNELS, TILES, TILES_FP32, TILES_ODD, Tile
 from .chips import Chip, chip_of, generation
 from .costs import permutes, seconds, work_of
 from .device import INTERPRET
@@ -108,8 +108,12 @@ def _measured(device: str) -> Measured | None:
     return None
 
 
-def candidates(chip: Chip, kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+def candidates(
+    chip: Chip, kernel: str, d: int, n: int, dtype: torch.dtype
+) -> tuple[Tile, ...]:
     """Return the tiles that a kernel is offered on a chip."""
+    if d % 16 or n % 16:
+        return TILES_ODD[kernel]
     if dtype == torch.float32:
         return TILES_FP32[kernel]
     return TILES[generation(chip.capability)][kernel]
@@ -134,7 +138,7 @@ def choose_for(
     def cost(tile: Tile) -> float:
         return seconds(kernel, tile, work, size, chip)
 
-    return min(candidates(chip, kernel, dtype), key=cost)
+    return min(candidates(chip, kernel, d, n, dtype), key=cost)
 
 
 def _sums(kernel: str, sums: int) -> int:
@@ -177,7 +181,7 @@ def predict(
 
     def time(kernel: str, d: int, n: int, sums: int = 1, choices: int = 1) -> float:
         tile = choose_for(chip, kernel, rows, experts, d, n, dtype, sums)
-        work = work_of(kernel, rows, experts, d, n, sums, choices)
+        work = work_of(kernel, rows, experts, d, n, sums, choices, training)
         return seconds(kernel, tile, work, size, chip)
 
     copied = (rows + tokens) * d * size / chip.bandwidth + chip.launch

@@ -1,0 +1,176 @@
+"""Compile every tile of the kernels' tables for chips that need not be there.
+
+`python -m moegen_triton.aot` prints what each takes and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from moegen_triton.compiling import Resources, compiling, problems, resources
+from moegen_triton.kernels.candidates import KERNELS, TILES, TILES_FP32, TILES_ODD, Tile
+from moegen_triton.kernels.tiles import pinned
+from moegen_triton.launches import LAUNCHES, Layer
+
+#: The ways of launching a kernel that each of its tiles must compile for: those with most
+#: to hold in registers.
+VARIANTS = {
+    "up": ("bias",),
+    "down": ("bias",),
+    "hidden_gradient": ("bias",),
+    "input_gradient": ("rows",),
+    "weight_gradient": ("bias", "right"),
+}
+
+
+class Case(NamedTuple):
+    """One tile of a kernel in one way of launching it, for one generation of chips."""
+
+    capability: int
+    kernel: str
+    variant: str
+    dtype: str
+    tile: Tile
+    #: What widths have beyond a multiple of 16.
+    more: int = 0
+    activation: str = "clamped_swiglu"
+
+
+class Result(NamedTuple):
+    """What became of a case: its main kernel's resources, and what is wrong."""
+
+    case: Case
+    resources: Resources | None
+    problems: tuple[str, ...]
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Yield the cases of every row of the tables for a generation of chips."""
+    for kernel in KERNELS:
+        for tile in TILES[capability][kernel]:
+            variants = ("rows",) if tile.rows_tma else VARIANTS[kernel]
+            for variant in variants:
+                yield Case(capability, kernel, variant, "bfloat16", tile)
+        for tile in TILES_FP32[kernel]:
+            yield Case(capability, kernel, VARIANTS[kernel][-1], "float32", tile)
+        for tile in TILES_ODD[kernel]:
+            yield Case(capability, kernel, VARIANTS[kernel][-1], "bfloat16", tile, more=1)
+    tile = TILES[capability]["up"][-1]
+    yield Case(capability, "up", "gathered", "float16", tile, activation="geglu")
+
+
+def compile_case(case: Case) -> Result:
+    """Compile a case; what goes wrong is among the problems."""
+    dtype = getattr(torch, case.dtype)
+    plain = Layer(dtype=dtype, activation=case.activation)
+    layer = plain._replace(d=plain.d + case.more, n=plain.n + case.more)
+    try:
+        launch = LAUNCHES[case.kernel][case.variant](layer)
+        with compiling(case.capability) as compiled, pinned(**{case.kernel: case.tile}):
+            launch()
+    except Exception as error:  # whatever Triton or ptxas refuse is the answer
+        said = str(error).strip().splitlines() or [""]
+        return Result(case, None, (f"{type(error).__name__}: {said[0]}",))
+    found = [resources(one) for one in compiled]
+    wrong = []
+    for one in found:
+        main = one.function.startswith(MAIN[case.kernel])
+        products = main and dtype != torch.float32
+        wrong += problems(one, case.capability, products=products, rows=case.tile.m)
+    (main_resources,) = [r for r in found if r.function.startswith(MAIN[case.kernel])]
+    return Result(case, main_resources, tuple(wrong))
+
+
+#: How the function with a kernel's products is called.
+MAIN = {kernel: f"{kernel}_kernel" for kernel in KERNELS} | {"input_gradient": "down_kernel"}
+
+
+def compile_all(
+    wanted: Iterable[Case], processes: int, done: Callable[[Result], None]
+) -> list[Result]:
+    """Compile cases in so many processes, telling each as it is done."""
+    listed = list(wanted)
+    found: dict[Case, Result] = {}
+    if processes == 1:
+        for case in listed:
+            found[case] = compile_case(case)
+            done(found[case])
+        return [found[case] for case in listed]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(compile_case, case) for case in listed]):
+            result = future.result()
+            found[result.case] = result
+            done(result)
+    return [found[case] for case in listed]
+
+
+def as_data(result: Result) -> dict[str, Any]:
+    """Return a result as plain data."""
+    case = result.case._asdict() | {"tile": result.case.tile._asdict()}
+    taken = result.resources._asdict() if result.resources else None
+    return {**case, "resources": taken, "problems": list(result.problems)}
+
+
+def _shown(tile: Tile) -> str:
+    marks = [f"sub {tile.sub}"] if tile.sub > 1 else []
+    marks += ["TMA weights"] if tile.weights_tma else []
+    marks += ["TMA rows"] if tile.rows_tma else []
+    marks += ["specialized"] if tile.specialized else []
+    size = f"{tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages"
+    return ", ".join([size, *marks])
+
+
+def table(results: Iterable[Result]) -> Table:
+    """Lay results out, a row each."""
+    drawn = Table("sm", "kernel", "launch", "tile", "regs", "KiB", "tensor", "s", "wrong")
+    for case, taken, wrong in results:
+        odd = " (odd widths)" if case.more else ""
+        named = f"{case.variant}{odd} {case.dtype}"
+        said = [""] * 4
+        if taken:
+            tensor = " ".join(f"{count} {name}" for name, count in taken.tensor.items())
+            shared = str(taken.shared // 1024)
+            said = [str(taken.registers), shared, tensor, f"{taken.seconds:.1f}"]
+        told = "; ".join(wrong)
+        sm = str(case.capability)
+        drawn.add_row(sm, case.kernel, named, _shown(case.tile), *said, told)
+    return drawn
+
+
+@click.command(help="Compile the tiles of all kernels ahead of time; needs no GPU.")
+@click.option("--capability", "-c", type=int, multiple=True, help="such as 90; all if none")
+@click.option("--kernel", "-k", type=click.Choice(KERNELS), multiple=True)
+@click.option("--jobs", "-j", type=int, default=os.cpu_count() or 1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="print JSON instead of a table")
+def main(capability: tuple[int, ...], kernel: tuple[str, ...], jobs: int, as_json: bool) -> None:
+    """Print what every tile takes; the exit code is 1 if anything is wrong."""
+    unknown = [one for one in capability if one not in TILES]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]} is none of {', '.join(map(str, TILES))}")
+    wanted = [case for one in capability or tuple(TILES) for case in cases(one)]
+    wanted = [case for case in wanted if not kernel or case.kernel in kernel]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("Compiling", total=len(wanted))
+        results = compile_all(wanted, jobs, lambda result: progress.advance(bar))
+    wrong = sum(bool(result.problems) for result in results)
+    if as_json:
+        click.echo(json.dumps([as_data(result) for result in results], indent=1))
+    else:
+        Console().print(table(results))
+        click.echo(f"{len(results)} compiled, {wrong} with something wrong")
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
