@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "clamped_swiglu")
-PLAIN = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "cubic", "identity")
+PLAIN = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "cubic", "linear")
 
 
 def kernel_name(activation: str, approximate: str = "none") -> str:
     """The name of an activation function inside kernels; both forms of GELU have one."""
-    activation = "identity" if activation == "linear_activation" else activation
+    activation = "linear" if activation == "identity" else activation
     name = f"{activation}_tanh" if approximate == "tanh" else activation
     if name not in GATED + PLAIN:
         raise ValueError(f"there is no kernel for the activation {name!r}")
@@ -91,7 +91,7 @@ def _plain(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "cubic":
         y = x * x * x
     else:
-        tl.static_assert(ACTIVATION == "identity")
+        tl.static_assert(ACTIVATION == "linear")
         y = x
     return y
 
@@ -111,7 +111,7 @@ def _plain_derivative(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "cubic":
         slope = 3 * x * x
     else:
-        tl.static_assert(ACTIVATION == "identity")
+        tl.static_assert(ACTIVATION == "linear")
         slope = tl.full(x.shape, 1.0, tl.float32)
     return slope
 

@@ -102,9 +102,11 @@ def _halves(x):
 def column_parts(x, PARTS: tl.constexpr):
     """x [m, n] as a tuple of PARTS, 1, 2 or 4, tiles from left to right."""
     tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4)
-    if PARTS == 1:
-        parts = (x,)
-    else:
+    if PARTS == 4:
         left, right = _halves(x)
-        parts = (left, right) if PARTS == 2 else _halves(left) + _halves(right)
+        parts = _halves(left) + _halves(right)
+    elif PARTS == 2:
+        parts = _halves(x)
+    else:
+        parts = (x,)
     return parts
