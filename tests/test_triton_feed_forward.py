@@ -205,7 +205,7 @@ def test_nothing_is_stored_without_gradients(monkeypatch: pytest.MonkeyPatch) ->
     project = feed_forward.project
 
     def spy(*args: Any) -> Any:
-        stored.append(args[-1])
+        stored.append(args[8])
         return project(*args)
 
     monkeypatch.setattr(feed_forward, "project", spy)

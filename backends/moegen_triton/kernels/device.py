@@ -34,7 +34,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def has_tma(device: torch.device) -> bool:
     """Whether the chip copies tiles by descriptor; before Hopper that is only slower."""
-    return capability(device) >= (9, 0)
+    return torch.version.hip is None and capability(device) >= (9, 0)
 
 
 def can_describe(x: Tensor) -> bool:

@@ -5,8 +5,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import dot, narrow, precision
-from .dispatch import tile_table
-from .matrices import describe_rows, describe_weight, load_rows, load_weight, swizzle
+from .matrices import (
+    Tables,
+    describe_rows,
+    describe_weight,
+    load_rows,
+    load_weight,
+    swizzle,
+    tiles_of,
+)
 from .tiles import choose
 
 
@@ -78,11 +85,13 @@ def down(
     ends: Tensor,
     transposed: bool = False,
     zero_tail: bool = True,
+    tables: Tables | None = None,
 ) -> Tensor:
     """Multiply each expert's rows by its matrix: rows [N, c] -> [N, out].
 
     weight is [E, out, c], or [E, c, out] if transposed; bias [E, out]. Rows of no
-    expert become zero, or are not written if zero_tail is False.
+    expert become zero, or are not written if zero_tail is False. Tables of tiles of these
+    ends are kept in `tables` for the next kernel.
     """
     weight = weight.transpose(1, 2) if transposed else weight
     (count, depth), (experts, width) = rows.shape, weight.shape[:2]
@@ -92,7 +101,7 @@ def down(
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     name = "input_gradient" if transposed else "down"
     tile = choose(name, count, experts, width, depth, rows.dtype, rows.device)
-    tiles = tile_table(ends, count, tile.m)
+    tiles = tiles_of(ends, count, tile.m, tables)
     source, rows_tma = describe_rows(rows, tile)
     matrix, form = describe_weight(weight, tile)
     grid = (tiles.shape[1] * triton.cdiv(width, tile.n),)

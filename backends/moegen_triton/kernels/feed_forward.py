@@ -19,6 +19,7 @@ from .dispatch import inverse
 from .down import down as multiply
 from .hidden_gradient import hidden_gradient
 from .library import define
+from .matrices import Tables
 from .up import up as project
 from .weight_gradient import weight_gradient
 
@@ -59,10 +60,12 @@ def _forward(
     settings = {"limit": limit, "alpha": alpha}
     k = _choices(tokens, order)
     x, gathered = _rows(tokens, order, permute)
+    tables = Tables()
     hidden, active = project(
-        x, gathered, k, up, up_bias, ends, activation, settings, save
+        x, gathered, k, up, up_bias, ends, activation, settings, save, tables
     )
-    rows = multiply(active, down, down_bias, ends, zero_tail=order is None)
+    zero_tail = order is None
+    rows = multiply(active, down, down_bias, ends, zero_tail=zero_tail, tables=tables)
     hidden = rows.new_empty(0, up.shape[1]) if hidden is None else hidden
     if order is None:
         return rows, hidden
@@ -108,13 +111,13 @@ def _backward(
     wants: list[bool],
 ) -> list[Tensor]:
     """Gradients of tokens, weights, up, down, up_bias and down_bias that are wanted."""
-    settings = {"limit": limit, "alpha": alpha}
+    settings, tables = {"limit": limit, "alpha": alpha}, Tables()
     wants_tokens, wants_weights, wants_up, wants_down, wants_up_bias, wants_bias = wants
     k, moved = _choices(tokens, order), order is not None and permute
     x, gathered = _rows(tokens, order, permute)
     if hidden is None:
         hidden, _ = project(
-            x, gathered, k, up, up_bias, ends, activation, settings, True
+            x, gathered, k, up, up_bias, ends, activation, settings, True, tables
         )
         assert hidden is not None
     grad, _ = _rows(grad, order, permute)
@@ -137,7 +140,7 @@ def _backward(
         )  # fmt: skip
     if wants_tokens:
         rows = multiply(
-            d_hidden, up, None, ends, transposed=True, zero_tail=order is None
+            d_hidden, up, None, ends, True, zero_tail=order is None, tables=tables
         )
         if order is not None:
             count = tokens.shape[0]

@@ -1,4 +1,4 @@
-"""How kernels read rows and experts' matrices: through pointers or TMA descriptors."""
+"""How kernels find their tiles, and read rows and matrices by pointers or TMA descriptors."""
 
 from typing import Any
 
@@ -8,6 +8,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import can_describe, has_tma
+from .dispatch import tile_table
+
+Tables = dict[int, Tensor]
+
+
+def tiles_of(ends: Tensor, rows: int, block: int, tables: Tables | None) -> Tensor:
+    """The table of tiles of `block` rows, made unless it is among `tables` already."""
+    if tables is None:
+        return tile_table(ends, rows, block)
+    if block not in tables:
+        tables[block] = tile_table(ends, rows, block)
+    return tables[block]
 
 
 def describe_rows(x: Tensor, tile: Any) -> tuple[Any, bool]:

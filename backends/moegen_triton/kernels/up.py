@@ -8,14 +8,15 @@ from torch import Tensor
 
 from .activations import activate, constants
 from .device import dot, narrow, precision
-from .dispatch import tile_table
 from .matrices import (
+    Tables,
     column_parts,
     describe_rows,
     describe_weight,
     load_rows,
     load_weight,
     swizzle,
+    tiles_of,
 )
 from .tiles import choose
 
@@ -113,11 +114,13 @@ def up(
     activation: str,
     settings: dict[str, Any],
     save: bool,
+    tables: Tables | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """The hidden values of all rows: hidden [N, 2n or n] if saved, activated [N, n].
 
     x is tokens [T, d], of which row i takes order[i] // k, or rows [N, d] without an
     order; weight [E, 2n or n, d], bias [E, 2n or n]. Rows of no expert are not written.
+    Tables of tiles of these ends are kept in `tables` for the next kernel.
     """
     settings = constants(activation, settings)
     rows, d = x.shape[0] if order is None else order.shape[0], x.shape[1]
@@ -130,7 +133,7 @@ def up(
     x = x if x.stride(1) == 1 else x.contiguous()
     sums = width // n
     tile = choose("up", rows, experts, d, n, x.dtype, x.device, sums)
-    tiles = tile_table(ends, rows, tile.m)
+    tiles = tiles_of(ends, rows, tile.m, tables)
     source, rows_tma = describe_rows(x, tile) if order is None else (x, False)
     matrix, form = describe_weight(weight, tile)
     grid = (tiles.shape[1] * triton.cdiv(n, tile.n),)
