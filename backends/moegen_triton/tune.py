@@ -96,7 +96,7 @@ def variations(tile: Tile) -> Iterator[Tile]:
     yield tile._replace(weights_tma=not tile.weights_tma)
     yield tile._replace(rows_tma=not tile.rows_tma)
     yield from (tile._replace(group=group) for group in (1, 4, 16) if group != tile.group)
-    yield from (tile._replace(stages=tile.stages + step) for step in (-1, 1))
+    yield from (tile._replace(stages=s) for s in (tile.stages - 1, tile.stages + 1) if s)
     if tile.weights_tma and tile.rows_tma:
         yield tile._replace(specialized=True, warps=4)
 

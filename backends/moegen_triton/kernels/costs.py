@@ -53,15 +53,16 @@ def work_of(
     n: int,
     sums: int = 1,
     choices: int = 1,
+    save: bool = True,
 ) -> Work:
     """Return the work of a kernel of a feed-forward of widths d and n.
 
     ``sums`` is 2 where a hidden number comes of two sums; ``choices`` is how many rows
-    each token has, where rows are gathered.
+    each token has, where rows are gathered; ``save`` is for the backward pass.
     """
     tokens = -(-rows // choices)
     if kernel == "up":
-        return Work(rows, experts, n, d, (sums + 1) * n, sums, tokens)
+        return Work(rows, experts, n, d, (sums * save + 1) * n, sums, tokens)
     if kernel == "hidden_gradient":
         return Work(rows, experts, n, d, (2 * sums + 1) * n, 1, tokens)
     if kernel == "weight_gradient":
