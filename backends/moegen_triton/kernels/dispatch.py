@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import INTERPRET
 from .library import define
 
 CHUNK = 256  # choices that one program ranks, each against each
 ALONE = 512  # choices up to which one program ranks all: decoding
+STEP = 64 if INTERPRET else 16  # of these others at a time: more spill
 MOST_EXPERTS = 4096  # beyond, counters of a program no longer fit into its registers
 
 
@@ -149,15 +151,17 @@ def _sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     bins = _bins(num_experts)
     if total <= ALONE:
         chunk = max(32, triton.next_power_of_2(total))
-        sizes = {"CHUNK": chunk, "BINS": bins, "STEP": 32}
-        _alone_kernel[(1,)](experts, order, ends, total, num_experts, **sizes)
+        sizes = {"CHUNK": chunk, "BINS": bins, "STEP": STEP}
+        _alone_kernel[(1,)](
+            experts, order, ends, total, num_experts, **sizes, num_warps=8
+        )
         return order, ends
     counts = _count(experts, num_experts, None)
     chunks = counts.shape[0]
     before, totals = torch.empty_like(counts), counts.new_empty(bins)
     sizes = {"BINS": bins, "ROWS": 64, "COLUMNS": 16}
     _scan_kernel[(bins // 16,)](counts, before, totals, chunks, **sizes)
-    sizes = {"CHUNK": CHUNK, "BINS": bins, "STEP": 32}
+    sizes = {"CHUNK": CHUNK, "BINS": bins, "STEP": STEP}
     _place_kernel[(chunks,)](
         experts, before, totals, order, ends, total, num_experts, **sizes
     )
