@@ -19,27 +19,36 @@ from .tiles import Tile, choose
 @triton.jit
 def _load_step(
     x, order, row, column, end, width, K: tl.constexpr, TMA: tl.constexpr,
-    MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of x from `row` on; zeros from `end` on and beyond `width`.
+    """Tile [ROWS, COLUMNS] of x from `row` on; zeros from `end` on and beyond `width`.
 
     Row i is row order[i] // K of x, or row i if K is 0. Descriptors know no expert's
-    end: what they read from there on becomes zero only if MASKED.
+    end: what they read from there on becomes zero only if MASKED. TURNED gives the
+    transpose, which before Hopper must not come from a tile or it would not be
+    fetched ahead.
     """
     rows = row + tl.arange(0, ROWS)
-    inside = rows < end
+    is_row = rows < end
     if TMA:
-        step = x.load([row, column])
+        tile = x.load([row, column])
         if MASKED:
-            step = tl.where(inside[:, None], step, 0.0)
+            tile = tl.where(is_row[:, None], tile, 0.0)
+        if TURNED:
+            tile = tl.trans(tile)
     else:
         if K > 0:
-            rows = tl.load(order + rows, mask=inside, other=0).to(tl.int32) // K
+            rows = tl.load(order + rows, mask=is_row, other=0).to(tl.int32) // K
+        at = rows.to(tl.int64) * width
         columns = column + tl.arange(0, COLUMNS)
-        at = x + rows.to(tl.int64)[:, None] * width + columns[None, :]
-        inside = inside[:, None] & (columns < width)[None, :]
-        step = tl.load(at, mask=inside, other=0.0)
-    return step
+        if TURNED:
+            inside = (columns < width)[:, None] & is_row[None, :]
+            tile = tl.load(x + at[None, :] + columns[:, None], mask=inside, other=0.0)
+        else:
+            inside = is_row[:, None] & (columns < width)[None, :]
+            tile = tl.load(x + at[:, None] + columns[None, :], mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -50,12 +59,34 @@ def _add_step(
 ):  # fmt: skip
     """acc + the products of ROWS rows from `row` on, left's from column `top` on."""
     a = _load_step(
-        left, order, row, top, end, m, LEFT_K, LEFT_TMA, MASKED, ROWS, acc.shape[0]
+        left,
+        order,
+        row,
+        top,
+        end,
+        m,
+        LEFT_K,
+        LEFT_TMA,
+        MASKED,
+        True,
+        ROWS,
+        acc.shape[0],
     )
     b = _load_step(
-        right, order, row, edge, end, r, RIGHT_K, RIGHT_TMA, MASKED, ROWS, acc.shape[1]
+        right,
+        order,
+        row,
+        edge,
+        end,
+        r,
+        RIGHT_K,
+        RIGHT_TMA,
+        MASKED,
+        False,
+        ROWS,
+        acc.shape[1],
     )
-    return dot(tl.trans(a), b, acc, PRECISION)
+    return dot(a, b, acc, PRECISION)
 
 
 @triton.jit
@@ -67,7 +98,7 @@ def _store_row_sum(
     total = tl.zeros((COLUMNS,), tl.float32)
     for row in tl.range(start, end, ROWS):
         step = _load_step(
-            x, order, row, column, end, width, K, TMA, True, ROWS, COLUMNS
+            x, order, row, column, end, width, K, TMA, True, False, ROWS, COLUMNS
         )
         step = step.to(tl.float32)
         if row_weights is not None:
@@ -184,6 +215,8 @@ def weight_gradient(
     tile = choose("weight_gradient", rows, experts, m, r, left.dtype, left.device)
     left_x, left_tma = _describe(left, tile, tile.m, gathered == "left")
     right_x, right_tma = _describe(right, tile, tile.n, gathered == "right")
+    # Rows that wait for their numbers are under way for half of the stages only.
+    stages = tile.stages if gathered == "none" else 2 * tile.stages - 1
     grid = (experts * triton.cdiv(m, tile.m) * triton.cdiv(r, tile.n),)
     weight_gradient_kernel[grid](
         left_x, right_x, order,
@@ -193,7 +226,7 @@ def weight_gradient(
         RIGHT_TMA=right_tma, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         GROUP=tile.group, PRECISION=precision(),
         SPECIALIZED=tile.specialized and left_tma and right_tma,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
     return out, out_bias
 
