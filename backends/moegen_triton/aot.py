@@ -59,8 +59,7 @@ def cases(capability: int) -> Iterator[Case]:
     """Yield the cases of every row of the tables for a generation of chips."""
     for kernel in KERNELS:
         for tile in TILES[capability][kernel]:
-            variants = ("rows",) if tile.rows_tma else VARIANTS[kernel]
-            for variant in variants:
+            for variant in VARIANTS[kernel]:
                 yield Case(capability, kernel, variant, "bfloat16", tile)
         for tile in TILES_FP32[kernel]:
             yield Case(capability, kernel, VARIANTS[kernel][-1], "float32", tile)

@@ -35,6 +35,11 @@ class Tile(NamedTuple):
     specialized: bool = False
 
 
+def _tma(m: int, n: int, k: int, warps: int, stages: int, sub: int = 1) -> Tile:
+    """Return a tile that reads whatever is contiguous by TMA."""
+    return Tile(m, n, k, warps, stages, sub=sub, weights_tma=True, rows_tma=True)
+
+
 KERNELS = ("up", "down", "hidden_gradient", "input_gradient", "weight_gradient")
 
 #: Tiles of the interpreter: small, since its tests are.
@@ -45,57 +50,57 @@ TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
     80: {
         "up": (
             Tile(16, 64, 64, 4, 4),
-            Tile(64, 64, 64, 4, 3),
-            Tile(128, 64, 64, 8, 3),
+            Tile(64, 64, 64, 4, 3, sub=2),
+            Tile(128, 64, 64, 8, 3, sub=2),
         ),
         "down": (
-            Tile(16, 128, 64, 4, 4),
-            Tile(64, 128, 64, 4, 3),
-            Tile(128, 128, 64, 8, 3),
+            Tile(16, 128, 64, 4, 3),
+            Tile(64, 128, 32, 4, 4),
+            Tile(128, 128, 32, 8, 4),
         ),
         "hidden_gradient": (
-            Tile(16, 64, 64, 4, 4),
+            Tile(16, 64, 64, 4, 3),
             Tile(64, 64, 64, 4, 3, sub=2),
             Tile(128, 64, 64, 8, 3, sub=2),
         ),
         "input_gradient": (
-            Tile(16, 128, 64, 4, 4),
-            Tile(64, 128, 64, 4, 3),
-            Tile(128, 128, 64, 8, 3),
+            Tile(16, 128, 64, 4, 3),
+            Tile(64, 128, 32, 4, 4),
+            Tile(128, 128, 32, 8, 4),
         ),
         "weight_gradient": (
             Tile(64, 64, 64, 4, 3),
-            Tile(128, 128, 64, 8, 3),
+            Tile(128, 128, 32, 8, 4),
         ),
     },
     90: {
         "up": (
-            Tile(16, 64, 128, 4, 4, weights_tma=True),
-            Tile(64, 64, 64, 4, 4, weights_tma=True),
-            Tile(128, 64, 64, 8, 4, weights_tma=True),
-            Tile(128, 128, 64, 8, 3, weights_tma=True),
+            _tma(16, 64, 128, 4, 4),
+            _tma(64, 64, 64, 4, 4, 2),
+            _tma(128, 64, 64, 8, 4, 2),
+            _tma(128, 128, 64, 8, 3, 4),
         ),
         "down": (
-            Tile(16, 128, 128, 4, 4, weights_tma=True),
-            Tile(64, 128, 64, 4, 4, weights_tma=True),
-            Tile(128, 128, 64, 8, 4, weights_tma=True),
-            Tile(128, 256, 64, 8, 3, weights_tma=True),
+            _tma(16, 128, 128, 4, 4),
+            _tma(64, 128, 64, 4, 4),
+            _tma(128, 128, 64, 8, 4),
+            _tma(128, 256, 64, 8, 3),
         ),
         "hidden_gradient": (
-            Tile(16, 64, 128, 4, 4, weights_tma=True),
-            Tile(64, 128, 64, 8, 3, sub=4, weights_tma=True),
-            Tile(128, 128, 64, 8, 3, sub=4, weights_tma=True),
+            _tma(16, 64, 128, 4, 4),
+            _tma(64, 128, 64, 8, 3, 4),
+            _tma(128, 128, 64, 8, 4, 4),
         ),
         "input_gradient": (
-            Tile(16, 128, 128, 4, 4, weights_tma=True),
-            Tile(64, 128, 64, 4, 4, weights_tma=True),
-            Tile(128, 128, 64, 8, 4, weights_tma=True),
-            Tile(128, 256, 64, 8, 3, weights_tma=True),
+            _tma(16, 128, 128, 4, 4),
+            _tma(64, 128, 64, 4, 4),
+            _tma(128, 128, 64, 8, 4),
+            _tma(128, 256, 64, 8, 3),
         ),
         "weight_gradient": (
-            Tile(64, 128, 64, 4, 3),
-            Tile(128, 128, 64, 8, 3),
-            Tile(128, 256, 64, 8, 3),
+            _tma(64, 128, 64, 4, 3),
+            _tma(128, 128, 64, 8, 3),
+            _tma(128, 256, 64, 8, 3),
         ),
     },
 }
