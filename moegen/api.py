@@ -18,8 +18,8 @@ from moegen.arch.spec import Spec
 from moegen.backend import backend as find_backend
 from moegen.choices import choose
 from moegen.emit.package import Package, package
-from moegen.emit.write import differences, write
-from moegen.errors import PackageError
+from moegen.emit.write import backend_of, differences, write
+from moegen.errors import BackendError, PackageError, Problem
 from moegen.gpus import GPUS
 from moegen.optimizers import OPTIMIZERS
 from moegen.passes.sizes import prove_sizes
@@ -118,6 +118,25 @@ def build(
 def check(folder: str | os.PathLike[str]) -> list[str]:
     """What in a package differs from what its own spec.yaml gives; nothing if it is faithful."""
     return differences(Path(folder), _again)
+
+
+def tune(
+    folder: str | os.PathLike[str], tokens: Sequence[int] = (1024,), progress: Any = None
+) -> str:
+    """Measure what suits this machine best for a package, and write it there; says what it did.
+
+    progress: a bar of rich that is advanced, or None.
+    """
+    place = Path(folder)
+    name = backend_of(place)
+    chosen = find_backend(name)
+    if chosen.tune is None:
+        hint = "moegen build -b triton makes a package with kernels"
+        raise BackendError(Problem(f"the {name} backend has nothing to tune", hint=hint))
+    try:
+        return chosen.tune(plan(place / "spec.yaml", backend=name), place, tokens, progress)
+    except RuntimeError as error:
+        raise BackendError(str(error)) from error
 
 
 def _again(spec: Path, backend: str) -> Package:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from moegen.errors import BackendError, Problem
@@ -33,6 +34,9 @@ class Backend:
     fusions: rewrites of a plan's graphs, in this order, before anything is counted or emitted.
     lacks: what of a plan is emitted as plain PyTorch, because this backend has nothing better.
     says: what this backend decided about a plan.
+    tune: measures what suits this machine best, for a plan's shapes and batches of so many tokens,
+        and writes it into the folder of its package; progress is a bar of rich, or None. Returns
+        a sentence on what it wrote. Raises RuntimeError where it cannot measure.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Backend:
     fusions: tuple[Fusion, ...] = ()
     lacks: Callable[[Plan], Iterator[Problem]] = _nothing
     says: Callable[[Plan], Iterator[Problem]] = _nothing
+    tune: Callable[[Plan, Path, Sequence[int], Any], str] | None = None
 
 
 def backends() -> dict[str, Any]:

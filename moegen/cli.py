@@ -242,6 +242,30 @@ def check(ctx: click.Context, folder: Path) -> None:
 
 
 @cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1, max=2**24),
+    multiple=True,
+    default=(1, 64, 1024, 8192, 32768),
+    show_default=True,
+    help="Tokens of a call to measure for; may be given again.",
+)
+def tune(folder: Path, tokens: tuple[int, ...]) -> None:
+    """Measure which tiles suit this GPU best, for the kernels of the package in DIR.
+
+    What is found is written into the package, which then uses it; without it, a model of the chip
+    chooses. Nothing is ever measured while a model runs.
+    """
+    from moegen.api import tune as measure
+    from moegen.report.screen import progress_bar
+
+    with progress_bar() as progress:
+        said = measure(folder, tokens, progress)
+    click.echo(said)
+
+
+@cli.command()
 @click.option("--out", metavar="FILE", help="Write to a file; standard output unless given.")
 def schema(out: str | None) -> None:
     """Print the JSON Schema of specs, for completion in an editor."""

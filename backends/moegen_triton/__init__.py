@@ -4,6 +4,7 @@ from moegen.backend import Backend
 from moegen_triton.emit import kernel_files, ops_text
 from moegen_triton.fit import lacks, needs, says
 from moegen_triton.fusions import FUSIONS
+from moegen_triton.shapes import tune_package
 
 BACKEND = Backend(
     name="triton",
@@ -14,4 +15,5 @@ BACKEND = Backend(
     fusions=FUSIONS,
     lacks=lacks,
     says=says,
+    tune=tune_package,
 )

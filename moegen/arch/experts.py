@@ -96,6 +96,9 @@ class Experts(Element):
     )
     zero: int = Field(0, ge=0, le=10**6, description="more experts that give nothing, at no cost")
     nested: Nested | None = Field(None, description="a mixture inside each expert")
+    recompute: bool = Field(
+        False, description="keep tokens alone for backward, and compute the first product again"
+    )
 
     def rules(self) -> Iterator[tuple[Path, str]]:
         """Sublayers are residual."""
@@ -125,6 +128,11 @@ class Experts(Element):
             yield f"An expert computes x + f(norm(x)){each}; its norm has no parameters."
         if setting.spec.train.dropout.experts:
             yield f"In training there is dropout of {setting.spec.train.dropout.experts:g} inside."
+        if self.recompute:
+            yield (
+                "For the backward pass tokens alone are kept; the experts' first product is "
+                "computed again there."
+            )
         if self.free:
             gives = [
                 f"{count:,} more {'gives' if count == 1 else 'give'} {what}"

@@ -77,6 +77,16 @@ class Spec(Element):
     init: Initialization = Field(Initialization(), description="how parameters start")
     train: Train = Field(Train(), description="what holds in training only")
 
+    def rules(self) -> Iterator[tuple[Path, str]]:
+        """What sections need of each other."""
+        experts = getattr(getattr(self.model, "moe", None), "experts", None)
+        if experts is not None and experts.recompute and self.train.dropout.experts:
+            path = ("model", "moe", "experts", "recompute")
+            yield (
+                path,
+                "dropout keeps the products of experts apart, so nothing is computed again; drop one",
+            )
+
     def warnings(self) -> Iterator[tuple[Path, str]]:
         """Yield (path, sentence) for what is allowed but seldom meant."""
         for path, sentence in self.model.warnings():

@@ -39,8 +39,7 @@ def write(package: Package, folder: Path, *, force: bool) -> list[str]:
 
 def differences(folder: Path, rebuild: Callable[[Path, str], Package]) -> list[str]:
     """Sentences on every file of a package that is not what its spec.yaml gives."""
-    facts = _facts(folder)
-    made = rebuild(folder / "spec.yaml", str(facts.get("backend", "eager")))
+    made = rebuild(folder / "spec.yaml", backend_of(folder))
     out = []
     for name, text in made.files.items():
         place = folder / name
@@ -49,6 +48,11 @@ def differences(folder: Path, rebuild: Callable[[Path, str], Package]) -> list[s
         elif place.read_text(encoding="utf-8") != text:
             out.append(f"{name} differs from what the spec gives")
     return out
+
+
+def backend_of(folder: Path) -> str:
+    """The name of the backend that made a package."""
+    return str(_facts(folder).get("backend", "eager"))
 
 
 def _refuse_foreign(folder: Path) -> None:

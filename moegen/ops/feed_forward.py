@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moegen.ops.experts import (
     _grouped_linear,
@@ -17,6 +18,12 @@ from moegen.ops.experts import (
     _inverse,
     _starts,
     _sum_entries,
+)
+from moegen.ops.feed_forward_cpu import (
+    _gradients_on_cpu,
+    _in_memory,
+    _Layer,
+    _outputs_on_cpu,
 )
 from moegen.ops.op import op
 
@@ -29,26 +36,22 @@ class _FeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         activation: Callable[[Tensor], Tensor],
-        recompute: bool,
+        keep: bool,
         tokens: Tensor,
         order: Tensor | None,
         weights: Tensor | None,
         ends: Tensor,
-        up: Tensor,
-        down: Tensor,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
+        *parameters: Tensor | None,
     ) -> Tensor:
-        hidden = _project(_rows(tokens, order), up, up_bias, ends)
-        out = _project(activation(hidden), down, down_bias, ends)
+        owner = None if order is None else _owners(tokens, order)
+        layer = _Layer(activation, tokens, owner, None, ends, *parameters)  # type: ignore[arg-type]
+        run = _outputs_on_cpu if _in_memory(*layer[1:]) else _outputs
+        out, hidden = run(layer, keep)
         ctx.activation = activation
-        kept = None if recompute else hidden
-        ctx.save_for_backward(
-            tokens, order, weights, ends, up, down, up_bias, down_bias, kept
-        )
+        ctx.save_for_backward(tokens, order, weights, ends, hidden, *parameters)
         if order is None or weights is None:
             return out
         starts = _starts(order, tokens.shape[0])
@@ -56,43 +59,24 @@ class _FeedForward(torch.autograd.Function):
         return _sum_entries(out, _inverse(order), starts, shares)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: D102
-        tokens, order, weights, ends, up, down, up_bias, down_bias, hidden = (
-            ctx.saved_tensors
-        )
-        wants = dict(zip(_INPUTS, ctx.needs_input_grad[2:], strict=True))
-        rows = _rows(tokens, order)
-        if hidden is None:
-            hidden = _project(rows, up, up_bias, ends)
-        grad = _rows(grad.contiguous(), order)
-        active, pull = torch.func.vjp(ctx.activation, hidden)
-        grad_active = _grouped_linear(grad, down.transpose(1, 2), ends)
-        found: dict[str, Tensor] = {}
-        share = None
-        if order is not None and weights is not None:
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        tokens, order, weights, ends, hidden, *parameters = ctx.saved_tensors
+        owner, share = None, None
+        if order is not None:
+            owner = _owners(tokens, order)
             share = weights.to(grad.dtype).flatten().index_select(0, order)
             share = share.unsqueeze(-1)
-            if wants["weights"]:
-                of_row = (grad_active * active).sum(-1, dtype=torch.float32)
-                if down_bias is not None:
-                    of_row = of_row + _dot_bias(grad, down_bias, ends)
-                found["weights"] = _by_choice(of_row, order, weights)
-            grad_active = grad_active * share
-            active = active * share
-        if wants["down"]:
-            found["down"] = _grouped_outer(grad, active, ends)
-        if wants["down_bias"]:
-            ones = grad.new_ones(grad.shape[0], 1) if share is None else share
-            found["down_bias"] = _grouped_outer(grad, ones, ends).squeeze(-1)
-        (grad_hidden,) = pull(grad_active)
-        if wants["up"]:
-            found["up"] = _grouped_outer(grad_hidden, rows, ends)
-        if wants["up_bias"]:
-            ones = grad.new_ones(grad.shape[0], 1)
-            found["up_bias"] = _grouped_outer(grad_hidden, ones, ends).squeeze(-1)
-        if wants["tokens"]:
-            grad_rows = _grouped_linear(grad_hidden, up.transpose(1, 2), ends)
-            found["tokens"] = _sum_tokens(grad_rows, order, tokens.shape[0])
+        layer = _Layer(ctx.activation, tokens, owner, share, ends, *parameters)
+        needs = zip(_INPUTS, ctx.needs_input_grad[2:], strict=True)
+        wanted = [name for name, needed in needs if needed]
+        grad = grad.contiguous()
+        run = _gradients_on_cpu if _in_memory(grad, hidden, *layer[1:]) else _gradients
+        found = run(layer, hidden, grad, wanted)
+        if "tokens" in found:
+            found["tokens"] = _sum_tokens(found["tokens"], order, tokens.shape[0])
+        if "weights" in found:
+            found["weights"] = _by_choice(found["weights"], order, weights)
         return None, None, *(found.get(name) for name in _INPUTS)
 
 
@@ -102,12 +86,60 @@ _INPUTS = (
 )
 
 
-def _rows(tokens: Tensor, order: Tensor | None) -> Tensor:
-    """The token of every row, or the rows themselves where no order is given."""
-    if order is None:
-        return tokens
+def _outputs(layer: _Layer, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """As _outputs_on_cpu, by grouped products."""
+    rows = _rows(layer.tokens, layer.owner)
+    hidden = _project(rows, layer.up, layer.up_bias, layer.ends)
+    active = layer.activation(hidden)
+    out = _project(active, layer.down, layer.down_bias, layer.ends)
+    return out, hidden if keep else None
+
+
+def _gradients(
+    layer: _Layer, hidden: Tensor | None, grad: Tensor, wanted: list[str]
+) -> dict[str, Tensor]:
+    """As _gradients_on_cpu, by grouped products."""
+    _, tokens, owner, share, ends, up, down, up_bias, down_bias = layer
+    rows, grad = _rows(tokens, owner), _rows(grad, owner)
+    if hidden is None:
+        hidden = _project(rows, up, up_bias, ends)
+    found: dict[str, Tensor] = {}
+    active, pull = torch.func.vjp(layer.activation, hidden)
+    back = _grouped_linear(grad, down.transpose(1, 2), ends)
+    ones = grad.new_ones(grad.shape[0], 1)
+    if "weights" in wanted:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        of_row = (back * active).sum(-1, dtype=wide)
+        if down_bias is not None:
+            of_bias = grad * _of_rows(down_bias, grad, ends)
+            of_row = of_row + of_bias.sum(-1, dtype=wide)
+        found["weights"] = of_row
+    if share is not None:
+        back, active = back * share, active * share
+    if "down" in wanted:
+        found["down"] = _grouped_outer(grad, active, ends)
+    if "down_bias" in wanted:
+        part = ones if share is None else share
+        found["down_bias"] = _grouped_outer(grad, part, ends).squeeze(-1)
+    (back,) = pull(back)
+    if "up" in wanted:
+        found["up"] = _grouped_outer(back, rows, ends)
+    if "up_bias" in wanted:
+        found["up_bias"] = _grouped_outer(back, ones, ends).squeeze(-1)
+    if "tokens" in wanted:
+        found["tokens"] = _grouped_linear(back, up.transpose(1, 2), ends)
+    return found
+
+
+def _owners(tokens: Tensor, order: Tensor) -> Tensor:
+    """The token of every row [N]."""
     k = order.shape[0] // max(tokens.shape[0], 1)
-    return tokens.index_select(0, order // max(k, 1))
+    return order // max(k, 1)
+
+
+def _rows(tokens: Tensor, owner: Tensor | None) -> Tensor:
+    """The token of every row, or the rows themselves where no owner is given."""
+    return tokens if owner is None else tokens.index_select(0, owner)
 
 
 def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
@@ -120,10 +152,6 @@ def _of_rows(bias: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     row = torch.arange(rows.shape[0], device=rows.device, dtype=ends.dtype)
     expert = torch.searchsorted(ends, row, right=True)
     return F.pad(bias, (0, 0, 0, 1)).index_select(0, expert)
-
-
-def _dot_bias(grad: Tensor, bias: Tensor, ends: Tensor) -> Tensor:
-    return (grad * _of_rows(bias, grad, ends)).sum(-1, dtype=torch.float32)
 
 
 def _by_choice(of_row: Tensor, order: Tensor, weights: Tensor) -> Tensor:
@@ -165,8 +193,9 @@ def _run(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     cast = (p if p is None else p.to(dtype) for p in parameters)
+    keep = torch.is_grad_enabled() and not recompute
     return _FeedForward.apply(  # type: ignore[no-any-return]
-        activation, recompute, tokens.to(dtype), order, weights, ends, *cast
+        activation, keep, tokens.to(dtype), order, weights, ends, *cast
     )
 
 

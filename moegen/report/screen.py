@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,13 @@ Cell = str | Text
 def console(*, stderr: bool = False) -> Console:
     """A console; without colour when piped or with NO_COLOR, as wide as COLUMNS or the terminal."""
     return Console(highlight=False, markup=False, emoji=False, stderr=stderr)
+
+
+def progress_bar() -> Progress:
+    """A bar for long work on stderr, which leaves no trace; nothing where that is no terminal."""
+    screen = console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
 
 
 def plain(text: object) -> Text:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
 from moegen import api
 from moegen.estimator import Estimate
 from moegen.report import numbers
 from moegen.report.facts import Facts, facts
-from moegen.report.screen import console, note, plain, table
+from moegen.report.screen import console, note, plain, progress_bar, table
 from moegen.spec.overrides import sweep
 
 Combination = Sequence[str]
@@ -103,9 +101,7 @@ def _estimates(
     """Every estimate in order, with a bar on a terminal; what is invalid is said at once."""
     for combination in combinations:
         api.load(spec, combination)
-    screen = console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("", total=len(combinations))
         for combination in combinations:
             yield combination, api.estimate(spec, combination, **workload)
