@@ -37,6 +37,13 @@ def has_tma(device: torch.device) -> bool:
     return torch.version.hip is None and capability(device) >= (9, 0)
 
 
+def can_specialize(device: torch.device) -> bool:
+    """Whether warps can be specialized: on Hopper, by Triton 3.6, and no later one yet."""
+    if INTERPRET:
+        return True
+    return triton.__version__.startswith("3.6.") and capability(device)[0] == 9
+
+
 def can_describe(x: Tensor) -> bool:
     """Whether a TMA descriptor can describe x: rows of whole 16 bytes, the last stride 1."""
     step = 16 // x.element_size()

@@ -7,10 +7,12 @@ from torch import Tensor
 from .device import dot, narrow, precision
 from .matrices import (
     Tables,
+    bounds,
     describe_rows,
     describe_weight,
     load_rows,
     load_weight,
+    specializes,
     swizzle,
     tiles_of,
 )
@@ -28,16 +30,18 @@ def down_kernel(
     """One tile of out [N, width] from x [N, depth] and weight [E, width, depth]."""
     tile, block = swizzle(tl.program_id(0), row_tiles, tl.cdiv(width, BLOCK_N), GROUP)
     expert = tl.load(tiles + tile)
-    if expert < 0:
-        return
+    if not SPECIALIZED:  # noqa: SIM102
+        if expert < 0:
+            return
+    expert, end, length = bounds(expert, ends, depth, SPECIALIZED)
     first = tl.load(tiles + row_tiles + tile)
     row = first + tl.arange(0, BLOCK_M)
-    is_row = row < tl.load(ends + expert)
+    is_row = row < end
     row = row.to(tl.int64)
     source = tl.where(is_row, row, 0)
     start = block * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in tl.range(0, depth, BLOCK_K, warp_specialize=SPECIALIZED):
+    for k in tl.range(0, length, BLOCK_K, warp_specialize=SPECIALIZED):
         a = load_rows(x, source, first, k, depth, stride_x, BLOCK_K, ROWS_TMA, EVEN)
         b = load_weight(
             weight, expert, start, k, width, depth, width, stride_e, stride_r,
@@ -110,7 +114,7 @@ def down(
         width, depth, tiles.shape[1], rows.stride(0), *weight.stride(),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
         ROWS_TMA=rows_tma, FORM=form, EVEN=depth % tile.k == 0, PRECISION=precision(),
-        SPECIALIZED=tile.specialized and rows_tma and form != "pointers",
+        SPECIALIZED=specializes(tile, rows_tma, form, rows.device),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return zero_tail_(out, ends) if zero_tail else out

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .device import can_describe, has_tma
+from .device import can_describe, can_specialize, has_tma
 from .dispatch import tile_table
 
 Tables = dict[int, Tensor]
@@ -48,6 +49,12 @@ def describe_weight(weight: Tensor, tile: Any) -> tuple[Any, str]:
     return TensorDescriptor.from_tensor(flat.flatten(0, 1), block), form
 
 
+def specializes(tile: Any, rows_tma: bool, form: str, device: torch.device) -> bool:
+    """Whether loads get warps of their own: where all are by TMA, if the tile asks."""
+    asked = tile.specialized and tile.sub == 1
+    return asked and rows_tma and form != "pointers" and can_specialize(device)
+
+
 @triton.jit
 def swizzle(program, num_rows, num_columns, GROUP: tl.constexpr):
     """The tile of a program: GROUP row tiles go over all columns before the next ones.
@@ -58,6 +65,22 @@ def swizzle(program, num_rows, num_columns, GROUP: tl.constexpr):
     height = tl.minimum(num_rows - first, GROUP)
     within = program % (GROUP * num_columns)
     return first + within % height, within // height
+
+
+@triton.jit
+def bounds(expert, ends, depth, SPECIALIZED: tl.constexpr):
+    """The expert of a tile, where its rows end, and the length of its sums.
+
+    Kernels whose warps are specialized may not return early: a tile of no expert has no
+    rows there, and sums of nothing.
+    """
+    if SPECIALIZED:
+        depth = tl.where(expert < 0, 0, depth)
+        end = tl.where(expert < 0, 0, tl.load(ends + tl.maximum(expert, 0)))
+        expert = tl.maximum(expert, 0)
+    else:
+        end = tl.load(ends + expert)
+    return expert, end, depth
 
 
 @triton.jit

@@ -10,11 +10,13 @@ from .activations import activate, constants
 from .device import dot, narrow, precision
 from .matrices import (
     Tables,
+    bounds,
     column_parts,
     describe_rows,
     describe_weight,
     load_rows,
     load_weight,
+    specializes,
     swizzle,
     tiles_of,
 )
@@ -62,11 +64,13 @@ def up_kernel(
     """
     tile, block = swizzle(tl.program_id(0), row_tiles, tl.cdiv(n, BLOCK_N), GROUP)
     expert = tl.load(tiles + tile)
-    if expert < 0:
-        return
+    if not SPECIALIZED:  # noqa: SIM102
+        if expert < 0:
+            return
+    expert, end, length = bounds(expert, ends, d, SPECIALIZED)
     first = tl.load(tiles + row_tiles + tile)
     row = first + tl.arange(0, BLOCK_M)
-    is_row = row < tl.load(ends + expert)
+    is_row = row < end
     row = row.to(tl.int64)
     source = row
     if order is not None:
@@ -79,7 +83,7 @@ def up_kernel(
     parts: tl.constexpr = 2 if GATED else 1
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = gate
-    for k in tl.range(0, d, BLOCK_K, warp_specialize=SPECIALIZED):
+    for k in tl.range(0, length, BLOCK_K, warp_specialize=SPECIALIZED):
         a = load_rows(x, source, first, k, d, stride_x, BLOCK_K, ROWS_TMA, EVEN)
         b = load_weight(
             weight, expert, start, k, parts * n, d, n, stride_e, stride_r, stride_c,
@@ -143,7 +147,7 @@ def up(
         *weight.stride(), K=k, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         GROUP=tile.group, SUB=tile.sub, **settings, ROWS_TMA=rows_tma, FORM=form, SAVE=save,
         EVEN=d % tile.k == 0, PRECISION=precision(),
-        SPECIALIZED=tile.specialized and rows_tma and form != "pointers",
+        SPECIALIZED=specializes(tile, rows_tma, form, x.device),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return hidden, activated
