@@ -5,6 +5,7 @@ Rows are those of experts.py: row i is flattened choice order[i], grouped by exp
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        activation: Callable[[Tensor], Tensor],
+        activation: Callable[..., Tensor],
         keep: bool,
         tokens: Tensor,
         order: Tensor | None,
@@ -48,7 +49,7 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         owner = None if order is None else _owners(tokens, order)
         layer = _Layer(activation, tokens, owner, None, ends, *parameters)  # type: ignore[arg-type]
-        run = _outputs_on_cpu if _in_memory(*layer[1:]) else _outputs
+        run = _outputs_on_cpu if _in_memory(*layer.tensors()) else _outputs
         out, hidden = run(layer, keep)
         ctx.activation = activation
         ctx.save_for_backward(tokens, order, weights, ends, hidden, *parameters)
@@ -71,7 +72,11 @@ class _FeedForward(torch.autograd.Function):
         needs = zip(_INPUTS, ctx.needs_input_grad[2:], strict=True)
         wanted = [name for name, needed in needs if needed]
         grad = grad.contiguous()
-        run = _gradients_on_cpu if _in_memory(grad, hidden, *layer[1:]) else _gradients
+        run = (
+            _gradients_on_cpu
+            if _in_memory(grad, hidden, *layer.tensors())
+            else _gradients
+        )
         found = run(layer, hidden, grad, wanted)
         if "tokens" in found:
             found["tokens"] = _sum_tokens(found["tokens"], order, tokens.shape[0])
@@ -90,7 +95,7 @@ def _outputs(layer: _Layer, keep: bool) -> tuple[Tensor, Tensor | None]:
     """As _outputs_on_cpu, by grouped products."""
     rows = _rows(layer.tokens, layer.owner)
     hidden = _project(rows, layer.up, layer.up_bias, layer.ends)
-    active = layer.activation(hidden)
+    active = layer.activation(*layer.halves(hidden))
     out = _project(active, layer.down, layer.down_bias, layer.ends)
     return out, hidden if keep else None
 
@@ -104,7 +109,7 @@ def _gradients(
     if hidden is None:
         hidden = _project(rows, up, up_bias, ends)
     found: dict[str, Tensor] = {}
-    active, pull = torch.func.vjp(layer.activation, hidden)
+    active, pull = torch.func.vjp(lambda x: layer.activation(*layer.halves(x)), hidden)
     back = _grouped_linear(grad, down.transpose(1, 2), ends)
     ones = grad.new_ones(grad.shape[0], 1)
     if "weights" in wanted:
@@ -166,25 +171,13 @@ def _sum_tokens(rows: Tensor, order: Tensor | None, num_tokens: int) -> Tensor:
     return _sum_entries(rows, _inverse(order), _starts(order, num_tokens), None)
 
 
-def _gated(
-    activation: Callable[..., Tensor], gated: bool, settings: dict[str, Any]
-) -> Callable[[Tensor], Tensor]:
-    """The activation of pre-activations [N, 2n], whose first half is the gate, or [N, n]."""
-
-    def apply(hidden: Tensor) -> Tensor:
-        halves = hidden.chunk(2, -1) if gated else (hidden,)
-        return activation(*halves, **settings)
-
-    return apply
-
-
 def _run(
     tokens: Tensor,
     order: Tensor | None,
     weights: Tensor | None,
     ends: Tensor,
     parameters: tuple[Tensor | None, ...],
-    activation: Callable[[Tensor], Tensor],
+    activation: Callable[..., Tensor],
     recompute: bool,
 ) -> Tensor:
     """In the format of the parameters, or of autocast."""
@@ -255,7 +248,7 @@ def routed_feed_forward(
     tokens and the first product [N, 2n], or with `recompute` tokens alone. Choices of no expert
     (rows from ends[-1] on) add nothing and get no gradient.
     """
-    apply = _gated(activation, up.shape[1] != down.shape[2], settings)
+    apply = partial(activation, **settings)
     parameters = (up, down, up_bias, down_bias)
     return _run(tokens, order, weights, ends, parameters, apply, recompute)
 
@@ -287,6 +280,6 @@ def grouped_feed_forward(
     Parameters as for routed_feed_forward. Rows of no expert, from ends[-1] on, give zeros and get
     zero gradients, whatever they hold.
     """
-    apply = _gated(activation, up.shape[1] != down.shape[2], settings)
+    apply = partial(activation, **settings)
     parameters = (up, down, up_bias, down_bias)
     return _run(rows, None, None, ends, parameters, apply, recompute)
