@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,6 +21,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 #: Rows of four experts, the second of which has none; those left over are routed nowhere.
 COUNTS = (9, 0, 19, 1)
+
+
+#: Tiles that are fewer than those of the interpreter, and still several.
+HIDDEN = Tile(16, 32, 16, sub=2)
+WEIGHT = Tile(32, 32, 16)
+
+
+@pytest.fixture(autouse=True)
+def _few_tiles() -> Iterator[None]:
+    with pinned(hidden_gradient=HIDDEN, weight_gradient=WEIGHT):
+        yield
 
 
 class Case(NamedTuple):
@@ -130,7 +142,9 @@ def assert_as_good(found: Tensor | None, usual: Tensor | None, exact: Tensor | N
         assert found is exact
         return
     assert found.shape == exact.shape
-    least = torch.finfo(found.dtype).eps * float(exact.norm()) / 16
+    # Where a few sums are rounded once, either may be lucky; in 16 bits there are many.
+    share = 1 / 2 if found.dtype == torch.float32 else 1 / 16
+    least = share * torch.finfo(found.dtype).eps * float(exact.norm())
     assert error(found, exact) <= 2 * error(usual, exact) + least
 
 
@@ -157,8 +171,7 @@ def test_hidden_gradients_with_and_without_weights_and_biases(weighted: bool, bi
 @pytest.mark.parametrize("sub", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_hidden_gradients_by_descriptors_and_in_parts(sub: int, dtype: torch.dtype) -> None:
-    tile = Tile(16, 32, 16, sub=sub, weights_tma=True, rows_tma=True)
-    with pinned(hidden_gradient=tile):
+    with pinned(hidden_gradient=HIDDEN._replace(sub=sub, weights_tma=True)):
         check(case(dtype, d=32, n=48, biased=True), dtype, "clamped_swiglu")
 
 
@@ -167,8 +180,7 @@ def test_hidden_gradients_of_rows_that_are_grouped_already() -> None:
     x = exact.to(torch.float32)
     expected = launch(x, "swiglu")
     rows = x._replace(grad=x.grad[x.token])
-    tile = Tile(16, 16, 16, sub=2, rows_tma=True, weights_tma=True)
-    with pinned(hidden_gradient=tile):
+    with pinned(hidden_gradient=HIDDEN._replace(rows_tma=True, weights_tma=True)):
         permuted = launch(x._replace(grad=rows.grad), "swiglu", permuted=True)
     assert all(map(torch.equal, permuted, expected))
     by_row = hidden_gradient(
@@ -235,7 +247,7 @@ def test_nan_stays_in_its_rows() -> None:
 def test_memory_of_neighbours_does_not_leak_through_descriptors() -> None:
     x = case(d=32, n=40).to(torch.float32)
     expected = launch(x, "swiglu")
-    with pinned(hidden_gradient=Tile(16, 16, 16, sub=2, weights_tma=True)):
+    with pinned(hidden_gradient=HIDDEN._replace(weights_tma=True)):
         assert all(map(torch.equal, launch(x, "swiglu"), expected))
         turned = x._replace(down=x.down.transpose(1, 2).contiguous().transpose(1, 2))
         assert not turned.down.is_contiguous()
@@ -307,7 +319,7 @@ def check_products(exact: Case, dtype: torch.dtype, gathered: str, **how: Any) -
 @pytest.mark.parametrize("gathered", ["left", "right", "none"])
 def test_weight_gradients(gathered: str, dtype: torch.dtype, tma: bool) -> None:
     exact = case(dtype, d=40, n=24)
-    with pinned(weight_gradient=Tile(16, 32, 16, rows_tma=tma)):
+    with pinned(weight_gradient=WEIGHT._replace(rows_tma=tma)):
         check_products(exact, dtype, gathered, bias=True)
 
 
@@ -344,7 +356,7 @@ def test_weight_gradients_of_few_tokens(tokens: int) -> None:
 def test_nan_stays_in_its_expert(gathered: str, tma: bool) -> None:
     x = case(d=40, n=24).to(torch.float32)
     how = {"row_weights": x.weights if gathered == "left" else None, "bias": True}
-    with pinned(weight_gradient=Tile(16, 16, 16, rows_tma=tma)):
+    with pinned(weight_gradient=WEIGHT._replace(rows_tma=tma)):
         expected = products(x, gathered, **how)
         x.hidden[int(x.ends[-1]) :] = float("nan")  # of no expert
         assert all(map(torch.equal, products(x, gathered, **how), expected))
