@@ -68,19 +68,22 @@ def _row(case: Case, outcome: Outcome, kinds: list[str], machine: dict[str, Any]
     cells = [outcome.variant]
     if outcome.state != "right":
         return [*cells, outcome.state, *[""] * (len(kinds) + _extras(case) - 1)]
-    real = not machine.get("interpreter")
+    timed = not machine.get("interpreter")
     for kind in kinds:
+        if not timed:  # its times say nothing of kernels
+            cells.append("ran" if outcome.milliseconds_of(kind) is not None else "-")
+            continue
         text = _number(outcome.milliseconds_of(kind))
         rate = teraflops(case, outcome, kind)
-        if real and rate is not None and not case.work.decodes:
-            text += f" ({_number(rate)} TF)"
-        if real and kind in outcome.speedups and not case.wrong:
+        if rate is not None and not case.work.decodes:
+            text += f" ({_number(rate)} TF)" if rate >= 1 else f" ({rate * 1e3:.0f} GF)"
+        if kind in outcome.speedups and not case.wrong:
             text += f", {outcome.speedups[kind]:.2f} times"
         cells.append(text)
     if case.work.decodes:
         rate = bandwidth(case, outcome)
         copy = machine.get("rates", {}).get("copy_bandwidth")
-        cells.append(_number(None if rate is None else rate / 1e9))
+        cells.append(_number(rate / 1e9 if rate and timed else None))
         cells.append(f"{rate / copy:.0%}" if rate and copy else "-")
     else:
         tokens = case.work.tokens
@@ -116,7 +119,9 @@ def section(case: Case, machine: dict[str, Any]) -> str:
         floors = floor_seconds(work, rates["matmul_flops"], rates["copy_bandwidth"])
         forward, backward = (1e3 * seconds for seconds in floors)
         lines.append(f"Floor: forward {forward:.3g} ms, forward+backward {forward + backward:.3g}.")
-    if case.wrong and not machine.get("interpreter"):
+    if machine.get("interpreter"):
+        pass
+    elif case.wrong:
         lines.append(f"No speed-up is shown, since these are wrong: {', '.join(case.wrong)}.")
     elif case.fastest_peer:
         each = (f"{KINDS[kind]}: {name}" for kind, name in case.fastest_peer.items())
