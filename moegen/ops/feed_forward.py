@@ -60,7 +60,7 @@ class _FeedForward(torch.autograd.Function):
         return _sum_entries(out, _inverse(order), starts, shares)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         tokens, order, weights, ends, hidden, *parameters = ctx.saved_tensors
         owner, share = None, None
@@ -104,12 +104,15 @@ def _gradients(
     layer: _Layer, hidden: Tensor | None, grad: Tensor, wanted: list[str]
 ) -> dict[str, Tensor]:
     """As _gradients_on_cpu, by grouped products."""
-    _, tokens, owner, share, ends, up, down, up_bias, down_bias = layer
+    tokens, owner, share, ends = layer.tokens, layer.owner, layer.share, layer.ends
+    up, down, up_bias, down_bias = layer.up, layer.down, layer.up_bias, layer.down_bias
     rows, grad = _rows(tokens, owner), _rows(grad, owner)
     if hidden is None:
         hidden = _project(rows, up, up_bias, ends)
     found: dict[str, Tensor] = {}
-    active, pull = torch.func.vjp(lambda x: layer.activation(*layer.halves(x)), hidden)
+    active, pull = torch.func.vjp(  # type: ignore[misc]
+        lambda x: layer.activation(*layer.halves(x)), hidden
+    )
     back = _grouped_linear(grad, down.transpose(1, 2), ends)
     ones = grad.new_ones(grad.shape[0], 1)
     if "weights" in wanted:
@@ -187,7 +190,7 @@ def _run(
         dtype = torch.get_autocast_dtype(kind)
     cast = (p if p is None else p.to(dtype) for p in parameters)
     keep = torch.is_grad_enabled() and not recompute
-    return _FeedForward.apply(  # type: ignore[no-any-return]
+    return _FeedForward.apply(  # type: ignore[no-any-return, no-untyped-call]
         activation, keep, tokens.to(dtype), order, weights, ends, *cast
     )
 
@@ -200,9 +203,11 @@ def _backward(
     rows: int,
     up: Tensor,
     down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    recompute: bool,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    recompute: bool = False,
+    **_: Any,
 ) -> Fraction:
     """Two products for each, the sums for biases, and the first product once more."""
     more = 0 if up_bias is None else 2 * rows * up.shape[1]
@@ -219,8 +224,8 @@ def _hidden(rows: int, up: Tensor, recompute: bool) -> int:
     flops=lambda tokens, order, weights, ends, up, down, *_, **__: _flops(
         order.shape[0], up, down
     ),
-    backward=lambda tokens, order, weights, ends, up, down, up_bias=None, down_bias=None, *, activation, recompute=False, **_: (
-        _backward(order.shape[0], up, down, up_bias, down_bias, recompute)
+    backward=lambda tokens, order, weights, ends, up, down, *biases, **named: _backward(
+        order.shape[0], up, down, *biases, **named
     ),
     saves=("tokens", "order", "weights", "ends"),
     extra=lambda tokens, order, weights, ends, up, down, *_, recompute=False, **__: (
@@ -255,8 +260,8 @@ def routed_feed_forward(
 
 @op(
     flops=lambda rows, ends, up, down, *_, **__: _flops(rows.shape[0], up, down),
-    backward=lambda rows, ends, up, down, up_bias=None, down_bias=None, *, activation, recompute=False, **_: (
-        _backward(rows.shape[0], up, down, up_bias, down_bias, recompute)
+    backward=lambda rows, ends, up, down, *biases, **named: _backward(
+        rows.shape[0], up, down, *biases, **named
     ),
     saves=("rows", "ends"),
     extra=lambda rows, ends, up, down, *_, recompute=False, **__: _hidden(

@@ -4,9 +4,6 @@ Python reads here how many rows an expert has; what is traced goes by the groupe
 experts.py instead. Rows are those of feed_forward.py.
 """
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -70,18 +67,9 @@ def _row_blocks(ends: Tensor) -> Iterator[tuple[slice, list[tuple[int, slice]]]]
             start, inside = end, []
 
 
-def _fresh(like: Tensor, ends: Tensor) -> Tensor:
-    """Memory for a parameter's gradient [E, ...], with zeros where an expert has no rows.
-
-    So large a tensor comes from the system, which clears a page at the first write to it: with
-    pages of 4 KiB that takes longer than the write, so huge ones are asked of Linux.
-    """
+def _room(like: Tensor, ends: Tensor) -> Tensor:
+    """Memory for a parameter's gradient [E, ...], with zeros where an expert has no rows."""
     out = like.new_empty(like.shape)
-    if sys.platform == "linux" and out.nbytes >= 2**22:
-        start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = out.data_ptr() + out.nbytes - start
-        madvise = ctypes.CDLL(None).madvise  # advice, so a refusal is no error
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
     for matrix, (first, end) in zip(out, _spans(ends), strict=True):
         if first == end:
             matrix.zero_()
@@ -161,10 +149,9 @@ def _gradients_on_cpu(
     for block, inside in _row_blocks(layer.ends):
         rows = _take(layer.tokens, layer.owner, block)
         pulled = _take(grad, layer.owner, block)
-        if hidden is None:
+        wide = None if hidden is None else hidden[block]
+        if wide is None:
             wide = _first_product(layer, rows, inside, None)
-        else:
-            wide = hidden[block]
         leaves, active = _activate(layer, wide)
         back = _multiply(pulled, layer.down.mT, None, inside, torch.empty_like(active))
         if "weights" in found:
@@ -215,7 +202,7 @@ def _rooms(layer: _Layer, grad: Tensor, wanted: list[str]) -> dict[str, Tensor]:
             wide = torch.promote_types(grad.dtype, torch.float32)
             found[name] = grad.new_empty(layer.num_rows, dtype=wide)
         else:
-            found[name] = _fresh(getattr(layer, name), layer.ends)
+            found[name] = _room(getattr(layer, name), layer.ends)
     return found
 
 
