@@ -186,10 +186,9 @@ def hidden_gradient(
     check_formats(grad, down, hidden)
     (rows, width), (experts, d, n) = hidden.shape, down.shape
     d_hidden, active = hidden.new_empty(rows, width), hidden.new_empty(rows, n)
-    wants_weights = wants_weights and weights is not None
+    learnt = weights if wants_weights else None
     if rows == 0 or n == 0:
-        empty = weights.new_zeros(weights.shape) if wants_weights else None
-        return d_hidden, active, empty
+        return d_hidden, active, None if learnt is None else torch.zeros_like(learnt)
     grad = grad.contiguous()
     gathered = order is not None and not permuted
     weight = down.transpose(1, 2)
@@ -198,9 +197,9 @@ def hidden_gradient(
     source, rows_tma = (grad, False) if gathered else describe_rows(grad, tile)
     matrix, form = describe_weight(weight, tile)
     blocks = triton.cdiv(n, tile.n)
-    shares = (
-        ends.new_empty(blocks, rows, dtype=torch.float32) if wants_weights else None
-    )
+    shares = None
+    if learnt is not None:
+        shares = ends.new_empty(blocks, rows, dtype=torch.float32)
     hidden_gradient_kernel[(tiles.shape[1] * blocks,)](
         source, order, None if weights is None else weights.contiguous(), tiles, ends,
         matrix, None if down_bias is None else down_bias.contiguous(),
@@ -211,7 +210,6 @@ def hidden_gradient(
         SPECIALIZED=tile.specialized and rows_tma and form != "pointers",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    d_weights = None
-    if shares is not None and weights is not None:
-        d_weights = _sum_shares(shares, order, ends, weights)
-    return d_hidden, active, d_weights
+    if learnt is None or shares is None:
+        return d_hidden, active, None
+    return d_hidden, active, _sum_shares(shares, order, ends, learnt)
