@@ -18,10 +18,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from moegen_triton.compiling import Resources, compiling, problems, resources
-from moegen_triton.kernels.candidates import KERNELS, TILES, TILES_FP32, TILES_ODD, Tile
+from moegen_triton.compiling import Compiled, Resources, compiling, problems, resources
+from moegen_triton.kernels.candidates import (
+    INTERPRETED,
+    KERNELS,
+    TILES,
+    TILES_FP32,
+    TILES_ODD,
+    Tile,
+)
 from moegen_triton.kernels.tiles import pinned
-from moegen_triton.launches import LAUNCHES, Layer
+from moegen_triton.launches import LAUNCHES, OTHERS, Layer
 
 #: The ways of launching a kernel that each of its tiles must compile for: those with most
 #: to hold in registers.
@@ -32,6 +39,10 @@ VARIANTS = {
     "input_gradient": ("rows",),
     "weight_gradient": ("bias", "right"),
 }
+
+
+#: Experts of the kernels that sort and choose: as many as large models have.
+MANY = 256
 
 
 class Case(NamedTuple):
@@ -48,11 +59,17 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a case: its main kernel's resources, and what is wrong."""
+    """What became of a case: what its kernels take, and what is wrong."""
 
     case: Case
-    resources: Resources | None
+    resources: tuple[Resources, ...]
     problems: tuple[str, ...]
+
+
+#: What kernels are called that have no table of tiles; their cases are the launches.
+OTHER = "other"
+#: How the function with a kernel's products is called.
+MAIN = {kernel: f"{kernel}_kernel" for kernel in KERNELS} | {"input_gradient": "down_kernel"}
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -67,32 +84,39 @@ def cases(capability: int) -> Iterator[Case]:
             yield Case(capability, kernel, VARIANTS[kernel][-1], "bfloat16", tile, more=1)
     tile = TILES[capability]["up"][-1]
     yield Case(capability, "up", "gathered", "float16", tile, activation="geglu")
+    for launch in OTHERS:
+        yield Case(capability, OTHER, launch, "bfloat16", INTERPRETED)
 
 
 def compile_case(case: Case) -> Result:
     """Compile a case; what goes wrong is among the problems."""
+    try:
+        compiled = _compiled(case)
+    except Exception as error:  # whatever Triton or ptxas refuse is the answer
+        said = str(error).strip().splitlines() or [""]
+        return Result(case, (), (f"{type(error).__name__}: {said[0]}",))
+    found = tuple(resources(one) for one in {id(c.kernel): c for c in compiled}.values())
+    wrong = []
+    for one in found:
+        products = one.function == MAIN.get(case.kernel) and case.dtype != "float32"
+        said = problems(one, case.capability, products, case.tile.m)
+        wrong += [f"{one.function}: {sentence}" for sentence in said]
+    return Result(case, found, tuple(wrong))
+
+
+def _compiled(case: Case) -> list[Compiled]:
     dtype = getattr(torch, case.dtype)
     plain = Layer(dtype=dtype, activation=case.activation)
     layer = plain._replace(d=plain.d + case.more, n=plain.n + case.more)
-    try:
-        launch = LAUNCHES[case.kernel][case.variant](layer)
-        with compiling(case.capability) as compiled, pinned(**{case.kernel: case.tile}):
+    if case.kernel == OTHER:
+        launch = OTHERS[case.variant](layer._replace(experts=MANY, choices=8))
+        with compiling(case.capability) as compiled:
             launch()
-    except Exception as error:  # whatever Triton or ptxas refuse is the answer
-        said = str(error).strip().splitlines() or [""]
-        return Result(case, None, (f"{type(error).__name__}: {said[0]}",))
-    found = [resources(one) for one in compiled]
-    wrong = []
-    for one in found:
-        main = one.function.startswith(MAIN[case.kernel])
-        products = main and dtype != torch.float32
-        wrong += problems(one, case.capability, products=products, rows=case.tile.m)
-    (main_resources,) = [r for r in found if r.function.startswith(MAIN[case.kernel])]
-    return Result(case, main_resources, tuple(wrong))
-
-
-#: How the function with a kernel's products is called.
-MAIN = {kernel: f"{kernel}_kernel" for kernel in KERNELS} | {"input_gradient": "down_kernel"}
+        return compiled
+    launch = LAUNCHES[case.kernel][case.variant](layer)
+    with compiling(case.capability) as compiled, pinned(**{case.kernel: case.tile}):
+        launch()
+    return compiled
 
 
 def compile_all(
@@ -117,7 +141,7 @@ def compile_all(
 def as_data(result: Result) -> dict[str, Any]:
     """Return a result as plain data."""
     case = result.case._asdict() | {"tile": result.case.tile._asdict()}
-    taken = result.resources._asdict() if result.resources else None
+    taken = [one._asdict() for one in result.resources]
     return {**case, "resources": taken, "problems": list(result.problems)}
 
 
@@ -131,33 +155,35 @@ def _shown(tile: Tile) -> str:
 
 
 def table(results: Iterable[Result]) -> Table:
-    """Lay results out, a row each."""
+    """Lay results out, a row for each kernel with products and each without a table."""
     drawn = Table("sm", "kernel", "launch", "tile", "regs", "KiB", "tensor", "s", "wrong")
     for case, taken, wrong in results:
         odd = " (odd widths)" if case.more else ""
         named = f"{case.variant}{odd} {case.dtype}"
-        said = [""] * 4
-        if taken:
-            tensor = " ".join(f"{count} {name}" for name, count in taken.tensor.items())
-            shared = str(taken.shared // 1024)
-            said = [str(taken.registers), shared, tensor, f"{taken.seconds:.1f}"]
-        told = "; ".join(wrong)
-        sm = str(case.capability)
-        drawn.add_row(sm, case.kernel, named, _shown(case.tile), *said, told)
+        tile, told = _shown(case.tile), "; ".join(wrong)
+        main = [one for one in taken if one.function == MAIN.get(case.kernel)]
+        for one in main or taken:
+            tensor = " ".join(f"{count} {name}" for name, count in one.tensor.items())
+            figures = [str(one.registers), str(one.shared // 1024), tensor, f"{one.seconds:.1f}"]
+            kernel, where = (case.kernel, tile) if main else (one.function, "")
+            drawn.add_row(str(case.capability), kernel, named, where, *figures, told)
+        if not taken:
+            empty = [""] * 4
+            drawn.add_row(str(case.capability), case.kernel, named, tile, *empty, told)
     return drawn
 
 
 @click.command(help="Compile the tiles of all kernels ahead of time; needs no GPU.")
 @click.option("--capability", "-c", type=int, multiple=True, help="such as 90; all if none")
-@click.option("--kernel", "-k", type=click.Choice(KERNELS), multiple=True)
+@click.option("--kernel", "-k", type=click.Choice([*KERNELS, OTHER]), multiple=True)
 @click.option("--jobs", "-j", type=int, default=os.cpu_count() or 1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of a table")
 def main(capability: tuple[int, ...], kernel: tuple[str, ...], jobs: int, as_json: bool) -> None:
     """Print what every tile takes; the exit code is 1 if anything is wrong."""
     unknown = [one for one in capability if one not in TILES]
     if unknown:
-        raise click.BadParameter(f"{unknown[0]} is none of {', '.join(map(str, TILES))}")
-    wanted = [case for one in capability or tuple(TILES) for case in cases(one)]
+        raise click.BadParameter(f"{unknown[0]} is none of {', '.join(map(str, sorted(TILES)))}")
+    wanted = [case for one in capability or sorted(TILES) for case in cases(one)]
     wanted = [case for case in wanted if not kernel or case.kernel in kernel]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("Compiling", total=len(wanted))

@@ -62,9 +62,9 @@ class Compiled(NamedTuple):
     seconds: float
 
     @property
-    def ptx(self) -> str:
-        """The PTX, which still has types and names of address spaces."""
-        return str(self.kernel.asm["ptx"])
+    def ir(self) -> str:
+        """Triton's intermediate code, which still has types and shapes of addresses."""
+        return str(self.kernel.asm["ttir"])
 
 
 class _Driver:

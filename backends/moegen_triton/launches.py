@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from moegen_triton.kernels.activations import is_gated
+from moegen_triton.kernels.combine import combine, combine_rows_of_tokens, gather_rows
+from moegen_triton.kernels.dispatch import expert_load, inverse, sort_by_expert
 from moegen_triton.kernels.down import down
 from moegen_triton.kernels.hidden_gradient import hidden_gradient
+from moegen_triton.kernels.router import route
 from moegen_triton.kernels.up import up
-from moegen_triton.kernels.weight_gradient import weight_gradient
+from moegen_triton.kernels.weight_gradient import bias_gradient, weight_gradient
 
 
 class Layer(NamedTuple):
@@ -142,4 +145,67 @@ LAUNCHES: dict[str, dict[str, Callable[[Layer], Launch]]] = {
         "right": _up_weight,
         "rows": partial(_up_weight, gathered=False),
     },
+}
+
+
+def _sort(x: Layer, *, tokens: int) -> Launch:
+    experts = torch.zeros(tokens, x.choices, dtype=torch.int64, device=x.device)
+    return partial(sort_by_expert, experts, x.experts)
+
+
+def _load(x: Layer) -> Launch:
+    experts = torch.zeros(x.tokens, x.choices, dtype=torch.int64, device=x.device)
+    valid = torch.ones(x.tokens, dtype=torch.bool, device=x.device)
+    return partial(expert_load, experts, x.experts, valid)
+
+
+def _with_gradients(op: Callable[..., Tensor], *inputs: Tensor) -> Launch:
+    """Return an op's passes forward and backward."""
+
+    def both() -> None:
+        for x in inputs:
+            x.requires_grad_(x.is_floating_point())
+        op(*inputs).sum().backward()  # type: ignore[no-untyped-call]
+
+    return both
+
+
+def _combine(x: Layer) -> Launch:
+    order, _ = x.routing()
+    return _with_gradients(combine, x.tensor(x.rows, x.d), order, x.weights())
+
+
+def _gather(x: Layer) -> Launch:
+    return _with_gradients(gather_rows, x.tensor(x.tokens, x.d), x.routing()[0])
+
+
+def _combine_alone(x: Layer) -> Launch:
+    (order, ends), rows = x.routing(), x.tensor(x.rows, x.d)
+
+    def launch() -> Tensor:
+        return combine_rows_of_tokens(rows, inverse(order), ends, x.weights(), x.tokens)
+
+    return launch
+
+
+def _route(x: Layer, *, affinity: str) -> Launch:
+    router = x.tensor(x.experts, x.d).float()
+
+    def weights(tokens: Tensor, router: Tensor) -> Tensor:
+        return route(tokens, router, k=x.choices, affinity=affinity, normalize="sum")[3]
+
+    return _with_gradients(weights, x.tensor(x.tokens, x.d), router)
+
+
+#: Kernels without a choice of tiles, by what they do.
+OTHERS: dict[str, Callable[[Layer], Launch]] = {
+    "sort few": partial(_sort, tokens=64),
+    "sort many": partial(_sort, tokens=16384),
+    "count": _load,
+    "combine": _combine,
+    "combine in a layer": _combine_alone,
+    "gather": _gather,
+    "bias gradient": lambda x: partial(bias_gradient, x.tensor(x.rows, x.d), x.routing()[1]),
+    "route softmax": partial(_route, affinity="softmax"),
+    "route sigmoid": partial(_route, affinity="sigmoid"),
 }
