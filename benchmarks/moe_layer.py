@@ -34,6 +34,7 @@ from benchmarks.layer.shapes import (
     workload,
 )
 from benchmarks.layer.timing import device_rates
+from benchmarks.layer.tuned import source_of_tiles, tune
 from benchmarks.layer.variants import EAGER, OURS, Variant, compiled
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -161,6 +162,7 @@ def measure(
 @click.option("--seconds", default=3.0, help="For a kind of step of a workload.")
 @click.option("--aims", "for_aims", is_flag=True, help="The aims' workloads, and what is met.")
 @click.option("--predict", "with_predictions", is_flag=True, help="Predicted beside measured.")
+@click.option("--tune", "tune_first", is_flag=True, help="Measure tiles first, and use them.")
 @click.option("--profile", is_flag=True, help="Times by kernel.")
 @click.option(
     "--from",
@@ -184,6 +186,7 @@ def main(
     seconds: float,
     for_aims: bool,
     with_predictions: bool,
+    tune_first: bool,
     profile: bool,
     sources: tuple[Path, ...],
     out: Path | None,
@@ -213,6 +216,10 @@ def main(
         run.machine["rates"] = device_rates(device)
         variants = chosen_variants(all_variants(mode, compile_too), only, without)
         works = chosen_work(mode, shapes, tokens, dtypes, routings, for_aims)
+        if tune_first:
+            click.echo(tune(works), err=True)
+        if mode != "cpu":
+            run.machine["tiles"] = source_of_tiles()
         record = out / f"{name}.json" if out is not None else None
         measure(run, works, variants, device, options, record)
     extra = show(run, with_aims=for_aims, with_predictions=with_predictions)

@@ -142,6 +142,8 @@ class Bench:
         """Medians of a kind of step, and speed-ups of ours over the fastest peer."""
         steps: dict[str, Step] = {}
         for name, (variant, forward, _) in self.right.items():
+            if kind == "graph" and not variant.captures:
+                continue
             if kind.startswith("routed"):
                 forward = routed(forward, variant, self.work)
             made = step(kind, forward, self.inputs)
@@ -154,7 +156,7 @@ class Bench:
                 self._note(name, kind, failed)
             else:
                 steps[name] = made
-        if self.options.dense and self.device.type == "cuda" and not kind.startswith("routed"):
+        if self.case.outcome(DENSE) is not None and not kind.startswith("routed"):
             dense = dense_steps(self.work, self.device)
             steps[DENSE] = dense.get(kind, dense["inference"])
         limits = self.options
@@ -208,7 +210,7 @@ def make_case(
     bench.check(variants, absent)
     if not work.decodes:
         bench.memory()
-    if options.dense and device.type == "cuda":
+    if options.dense and device.type == "cuda" and not work.decodes:
         case.outcomes.append(Outcome(DENSE, "dense", why="the layer's FLOPs, as one expert"))
     for kind in kinds_of(work, device, options):
         bench.times(kind)

@@ -147,9 +147,15 @@ PEERS = (
     Variant(
         "transformers batched_mm", "transformers", _transformers("batched_mm"), _too_many_copies
     ),
-    Variant("transformers eager", "transformers", _transformers("eager"), _too_many_zeros),
-    Variant("Liger", "Triton", _liger),
-    Variant("ScatterMoE", "Triton", _scattermoe),
-    Variant("moe-ops", "Triton", _moe_ops),
-    Variant("SonicMoE", "CuTe", _sonicmoe),
+    Variant(
+        "transformers eager",
+        "transformers",
+        _transformers("eager"),
+        _too_many_zeros,
+        captures=False,
+    ),
+    Variant("Liger", "Triton", _liger, captures=False),
+    Variant("ScatterMoE", "Triton", _scattermoe, captures=False),
+    Variant("moe-ops", "Triton", _moe_ops, captures=False),
+    Variant("SonicMoE", "CuTe", _sonicmoe, captures=False),
 )

@@ -61,7 +61,7 @@ def kernel_times(step: Callable[[int], object], repeats: int = 5) -> dict[str, f
             step(i)
         torch.cuda.synchronize()
     events: list[Any] = list(profiler.key_averages())
-    found = {str(e.key): float(e.device_time_total) / 1e3 / repeats for e in events}
+    found = {str(e.key): float(e.self_device_time_total) / 1e3 / repeats for e in events}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

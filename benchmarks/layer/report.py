@@ -16,18 +16,22 @@ KINDS = {
     "routed both": "forward+backward, routed",
     "graph": "inference, graph",
 }
-NOTES = """\
-Times are medians in milliseconds; TF are TFLOP/s of the experts' products (6 T K n d forward, \
-twice as much backward). Forward keeps what backward needs; inference keeps nothing. All sort the \
-choices by expert and sum the results by token; "routed" also chooses experts and weights from the \
-router's logits; the router's product is in none. Backward is forward+backward less forward. \
-Gradients of weights are written, not added to older ones. Kept bytes are of unique storages that \
-autograd saves, parameters left out, a token; routing data (integers, weights of choices) stand \
-behind the plus. The floor of kept bytes is (2d + 4Kn for two bytes a number) tokens and the first \
-product. Peak bytes are those of forward+backward beyond inputs and weights, gradients of weights \
-included. Errors are the worst relative one of output and gradients against the reference. \
-"times" is against the fastest peer of the same column, of paired samples, and shown only where \
-every variant that ran is right."""
+NOTES = """
+Times are medians in milliseconds; TF are TFLOP/s (GF GFLOP/s) of the experts' products: 6 T K n d
+forward, twice as many backward. Forward keeps what backward needs, inference keeps nothing, and
+backward is forward+backward less forward. All sort the choices by expert and sum the results by
+token; "routed" also chooses experts and weights from the router's logits; the router's product is
+in none. Gradients of weights are written, not added to older ones. Bandwidth is that of the CUDA
+graph where there is one.
+
+Kept bytes are of unique storages that autograd saves, parameters left out, a token; those of
+routing (integers, and numbers of which there is one a choice) stand behind the plus. Peak bytes
+are those of forward+backward beyond inputs and weights; gradients of weights are among them.
+
+Errors are the worst relative one of output and gradients against the reference. "times" is how
+many times as fast as the fastest peer of the same column, of paired samples; it is shown only
+where every variant that ran is right.
+""".strip()
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -110,12 +114,12 @@ def section(case: Case, machine: dict[str, Any]) -> str:
         heads += ["kept bytes a token", "peak GB", "bits repeat", "error"]
     rows = [_row(case, outcome, order, machine) for outcome in case.outcomes]
     lines = [f"## {work.title}", "", table(heads, rows), ""]
-    lines.append(
-        f"Reference: {case.reference}. Kept at least: {work.kept_bytes / work.tokens:,.0f}"
-        f" bytes a token. Experts touched: {case.touched_experts:.0f} of {work.experts}."
-    )
+    touched = f"Experts touched: {case.touched_experts:.0f} of {work.experts}."
+    lines.append(f"Reference: {case.reference}. {touched}")
+    if not work.decodes:
+        lines[-1] += f" Kept at least: {work.kept_bytes / work.tokens:,.0f} bytes a token."
     rates = machine.get("rates")
-    if rates:
+    if rates and not work.decodes:
         floors = floor_seconds(work, rates["matmul_flops"], rates["copy_bandwidth"])
         forward, backward = (1e3 * seconds for seconds in floors)
         lines.append(f"Floor: forward {forward:.3g} ms, forward+backward {forward + backward:.3g}.")
@@ -134,7 +138,7 @@ def facts(run: Run) -> str:
     """The device and versions, and the commands, in two paragraphs."""
     known = run.machine
     lines = [f"{known['device']}, {known['date']}"]
-    for key in ("capability", "cuda", "processors", "load"):
+    for key in ("capability", "cuda", "processors", "load", "tiles"):
         if key in known:
             lines.append(f"{key} {known[key]}")
     lines += [f"{name} {found}" for name, found in known["versions"].items()]

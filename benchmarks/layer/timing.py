@@ -129,13 +129,17 @@ def capture(step: Step, copies: int, into: list[Step]) -> None:
     with torch.cuda.stream(stream):
         for i in range(copies):
             step(i)
-    torch.cuda.current_stream().wait_stream(stream)
+    usual = torch.cuda.current_stream()
+    usual.wait_stream(stream)
     graphs, kept = [], []
-    for i in range(copies):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept.append(step(i))
-        graphs.append(graph)
+    try:
+        for i in range(copies):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kept.append(step(i))
+            graphs.append(graph)
+    finally:
+        torch.cuda.set_stream(usual)  # a capture that fails leaves its own stream
 
     def replay(i: int) -> object:
         graphs[i % copies].replay()

@@ -36,6 +36,9 @@ class Variant:
     refuses: Callable[[Workload], str] = lambda work: ""
     routes: Callable[[Tensor, int, torch.dtype], tuple[Tensor, Tensor]] = route
     compiled: bool = False
+    # Whether it waits for nothing, so that a CUDA graph can hold it. What waits must not be tried:
+    # a capture that failed leaves torch's allocator unable to free.
+    captures: bool = True
 
 
 def module(name: str) -> Any:
