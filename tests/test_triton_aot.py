@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from moegen_triton.aot import VARIANTS, cases
-from moegen_triton.compiling import Resources, compiling, problems
+from moegen_triton.compiling import Resources, compiling, narrow_offsets, problems
 from moegen_triton.kernels.candidates import KERNELS, TILES, TILES_FP32, TILES_ODD
-from moegen_triton.launches import LAUNCHES, OTHERS
+from moegen_triton.launches import LAUNCHES
 
 ROOT = Path(__file__).parent.parent
 SOUND = Resources("up_kernel", 128, 0, 0, 65536, 8, {"HMMA": 64}, 0, 0, 1.0)
@@ -75,6 +75,33 @@ found.append(compile_case(Case(90, "down", "rows", "bfloat16", Tile(48, 64, 64))
 print(json.dumps([as_data(one) for one in found]))
 """
 
+NARROW = """
+import json, torch, triton, triton.language as tl
+from moegen_triton.compiling import compiling, narrow_offsets
+
+@triton.jit
+def copy(x, y, stride, WIDE: tl.constexpr):
+    row = tl.program_id(0)
+    if WIDE:
+        row = row.to(tl.int64)
+    at = row * stride + tl.arange(0, 128)
+    tl.store(y + at, tl.load(x + at))
+
+x = torch.zeros(8)
+with compiling(90) as found:
+    copy[(1,)](x, x, 5, WIDE=False)
+    copy[(1,)](x, x, 5, WIDE=True)
+print(json.dumps([len(narrow_offsets(one.ir)) for one in found]))
+"""
+
+
+def test_offsets_that_would_overflow_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "copies.py"
+    file.write_text(NARROW)
+    done = run(tmp_path, str(file))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [2, 0]
+
 
 def test_tiles_that_spill_or_do_not_fit_are_found(tmp_path: Path) -> None:
     older, hopper, large, odd = compiled(tmp_path, SPILLING)
@@ -128,63 +155,7 @@ def test_a_chip_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     assert "75 is none of 80, 89, 90, 100, 120" in done.stderr
 
 
-OFFSETS = """
-import json
-from moegen_triton.compiling import compiling
-from moegen_triton.kernels.tiles import KERNELS, Tile, pinned
-from moegen_triton.launches import LAUNCHES, OTHERS, Layer
-
-tiles = {kernel: Tile(32, 32, 32, 4, 2) for kernel in KERNELS}
-launches = [(f"{k} {v}", make) for k, ways in LAUNCHES.items() for v, make in ways.items()]
-found = {}
-for name, make in launches + list(OTHERS.items()):
-    launch = make(Layer())
-    with compiling(80) as compiled, pinned(**tiles):
-        launch()
-    found[name] = {one.kernel.name: one.ir for one in compiled}
-print(json.dumps(found))
-"""
-
-
-def short_products(ir: str) -> list[str]:
-    """Return the lines of Triton's code that use a product of two 32-bit unknowns in an address.
-
-    Such a product, of a row and a stride, overflows in large tensors, also if it is widened
-    afterwards. A product with a constant is a place within a tile, or of a tile among others;
-    what is divided by one is a program's number, of which there are fewer than 2**31.
-    """
-    constants: set[str] = set()
-    suspects: set[str] = set()
-    found = []
-    for line in ir.splitlines():
-        names = re.findall(r"%[\w#:]+", line)
-        made, used = (names[:1], set(names[1:])) if " = " in line else ([], set(names))
-        if "arith.constant" in line:
-            constants.update(made)
-        elif "arith.muli" in line and re.search(r"\bi32|xi32", line) and not used & constants:
-            suspects.update(made)
-        elif "tt.addptr" in line and suspects & used:
-            found.append(line.strip())
-        elif suspects & used and not re.search(r"arith\.(cmpi|minsi|remsi|divsi)|tt\.load", line):
-            suspects.update(made)
-    return found
-
-
-def test_offsets_of_rows_are_wide(tmp_path: Path) -> None:
-    found = compiled(tmp_path, OFFSETS)
-    assert len(found) == sum(map(len, LAUNCHES.values())) + len(OTHERS)
-    short = {
-        (launch, kernel): lines
-        for launch, kernels in found.items()
-        for kernel, ir in kernels.items()
-        if (lines := short_products(ir))
-    }
-    assert not short
-    main = found["up gathered"]["up_kernel"]
-    assert re.search(r"arith\.muli .*tensor<32x1xi64>", main)
-
-
-def test_narrow_offsets_would_be_found() -> None:
+def test_addresses_by_narrow_products_are_found() -> None:
     ir = """
     %c32_i32 = arith.constant 32 : i32
     %0 = tt.get_program_id x : i32
@@ -194,4 +165,4 @@ def test_narrow_offsets_would_be_found() -> None:
     %4 = tt.addptr %x, %3 : !tt.ptr<bf16>, i64
     %5 = tt.addptr %x, %1 : !tt.ptr<bf16>, i32
     """
-    assert short_products(ir) == ["%4 = tt.addptr %x, %3 : !tt.ptr<bf16>, i64"]
+    assert narrow_offsets(ir) == ["%4 = tt.addptr %x, %3 : !tt.ptr<bf16>, i64"]

@@ -18,7 +18,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from moegen_triton.compiling import Compiled, Resources, compiling, problems, resources
+from moegen_triton.compiling import (
+    Compiled,
+    Resources,
+    compiling,
+    narrow_offsets,
+    problems,
+    resources,
+)
 from moegen_triton.kernels.candidates import (
     INTERPRETED,
     KERNELS,
@@ -95,13 +102,15 @@ def compile_case(case: Case) -> Result:
     except Exception as error:  # whatever Triton or ptxas refuse is the answer
         said = str(error).strip().splitlines() or [""]
         return Result(case, (), (f"{type(error).__name__}: {said[0]}",))
-    found = tuple(resources(one) for one in {id(c.kernel): c for c in compiled}.values())
-    wrong = []
-    for one in found:
-        products = one.function == MAIN.get(case.kernel) and case.dtype != "float32"
-        said = problems(one, case.capability, products, case.tile.m)
-        wrong += [f"{one.function}: {sentence}" for sentence in said]
-    return Result(case, found, tuple(wrong))
+    found, wrong = [], []
+    for one in {id(launched.kernel): launched for launched in compiled}.values():
+        taken = resources(one)
+        products = taken.function == MAIN.get(case.kernel) and case.dtype != "float32"
+        told = problems(taken, case.capability, products, case.tile.m)
+        told += [f"an address by a 32-bit product: {line}" for line in narrow_offsets(one.ir)]
+        wrong += [f"{taken.function}: {sentence}" for sentence in told]
+        found.append(taken)
+    return Result(case, tuple(found), tuple(wrong))
 
 
 def _compiled(case: Case) -> list[Compiled]:

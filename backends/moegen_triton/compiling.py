@@ -49,11 +49,6 @@ class Resources(NamedTuple):
     fetched: int
     seconds: float
 
-    @property
-    def has_products(self) -> bool:
-        """Whether tensor cores are used."""
-        return bool(self.tensor)
-
 
 class Compiled(NamedTuple):
     """One kernel as it is launched: Triton's product, and how long it took."""
@@ -114,13 +109,18 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
 
 
 def resources(compiled: Compiled) -> Resources:
-    """Read a kernel's resources and the instructions that matter off its machine code."""
+    """Read a kernel's resources and the instructions that matter off its machine code.
+
+    Instructions are listed, which takes time, only if there may be some that matter.
+    """
     kernel = compiled.kernel
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
-    found = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", usage)}
+        usage = _cuobjdump("-res-usage", file.name)
+        found = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", usage)}
+        matter = found["STACK"] or found["LOCAL"] or "mma" in kernel.asm["ptx"]
+        code = _cuobjdump("-sass", file.name) if matter else ""
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code)
     tensor = sorted({name for name in names if name.endswith("MMA")})
     return Resources(
@@ -162,3 +162,27 @@ def problems(found: Resources, capability: int, products: bool, rows: int = 64) 
     if products and wanted not in found.tensor:
         said.append(f"no {wanted} among {found.tensor or 'its instructions'}")
     return said
+
+
+def narrow_offsets(ir: str) -> list[str]:
+    """Return the lines of Triton's code that use a product of two 32-bit unknowns in an address.
+
+    Such a product, of a row and a stride, overflows in large tensors, also if it is widened
+    afterwards. A product with a constant is a place within a tile, or of a tile among others;
+    what is divided by one is a program's number, of which there are fewer than 2**31.
+    """
+    constants: set[str] = set()
+    suspects: set[str] = set()
+    found = []
+    for line in ir.splitlines():
+        names = re.findall(r"%[\w#:]+", line)
+        made, used = (names[:1], set(names[1:])) if " = " in line else ([], set(names))
+        if "arith.constant" in line:
+            constants.update(made)
+        elif "arith.muli" in line and re.search(r"\bi32|xi32", line) and not used & constants:
+            suspects.update(made)
+        elif "tt.addptr" in line and suspects & used:
+            found.append(line.strip())
+        elif suspects & used and not re.search(r"arith\.(cmpi|minsi|remsi|divsi)|tt\.load", line):
+            suspects.update(made)
+    return found

@@ -45,34 +45,42 @@ KERNELS = ("up", "down", "hidden_gradient", "input_gradient", "weight_gradient")
 #: Tiles of the interpreter: small, since its tests are.
 INTERPRETED = Tile(16, 16, 16, warps=1, stages=1, sub=2)
 
+#: Tiles of 16-bit numbers on chips whose tensor cores take registers alone. They fit the
+#: shared memory of the smaller ones.
+_SMALL: dict[str, tuple[Tile, ...]] = {
+    "up": (
+        Tile(16, 64, 64, 4, 4),
+        Tile(64, 64, 64, 4, 3, sub=2),
+        Tile(128, 64, 64, 8, 3, sub=2),
+    ),
+    "down": (
+        Tile(16, 128, 64, 4, 3),
+        Tile(64, 128, 32, 4, 4),
+        Tile(128, 128, 32, 8, 4),
+        Tile(128, 256, 32, 8, 3),
+    ),
+    "hidden_gradient": (
+        Tile(16, 64, 64, 4, 3),
+        Tile(64, 64, 64, 4, 3, sub=2),
+        Tile(128, 128, 32, 8, 4, sub=4),
+    ),
+    "input_gradient": (
+        Tile(16, 128, 64, 4, 3),
+        Tile(64, 128, 32, 4, 4),
+        Tile(128, 128, 32, 8, 4),
+        Tile(128, 256, 32, 8, 3),
+    ),
+    "weight_gradient": (
+        Tile(64, 64, 64, 4, 3),
+        Tile(128, 128, 32, 8, 4),
+    ),
+}
+
 #: By generation and kernel, tiles of 16-bit numbers.
 TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
-    80: {
-        "up": (
-            Tile(16, 64, 64, 4, 4),
-            Tile(64, 64, 64, 4, 3, sub=2),
-            Tile(128, 64, 64, 8, 3, sub=2),
-        ),
-        "down": (
-            Tile(16, 128, 64, 4, 3),
-            Tile(64, 128, 32, 4, 4),
-            Tile(128, 128, 32, 8, 4),
-        ),
-        "hidden_gradient": (
-            Tile(16, 64, 64, 4, 3),
-            Tile(64, 64, 64, 4, 3, sub=2),
-            Tile(128, 64, 64, 8, 3, sub=2),
-        ),
-        "input_gradient": (
-            Tile(16, 128, 64, 4, 3),
-            Tile(64, 128, 32, 4, 4),
-            Tile(128, 128, 32, 8, 4),
-        ),
-        "weight_gradient": (
-            Tile(64, 64, 64, 4, 3),
-            Tile(128, 128, 32, 8, 4),
-        ),
-    },
+    80: _SMALL,
+    89: _SMALL,
+    120: _SMALL,
     90: {
         "up": (
             _tma(16, 64, 128, 4, 4),
@@ -105,32 +113,6 @@ TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
     },
 }
 TILES[100] = TILES[90]
-TILES[89] = TILES[120] = {
-    "up": (
-        Tile(16, 64, 64, 4, 3),
-        Tile(64, 64, 32, 4, 3),
-        Tile(128, 64, 32, 8, 3),
-    ),
-    "down": (
-        Tile(16, 64, 64, 4, 3),
-        Tile(64, 128, 32, 4, 3),
-        Tile(128, 128, 32, 8, 3),
-    ),
-    "hidden_gradient": (
-        Tile(16, 64, 64, 4, 3),
-        Tile(64, 64, 32, 4, 3, sub=2),
-        Tile(128, 64, 32, 8, 3, sub=2),
-    ),
-    "input_gradient": (
-        Tile(16, 64, 64, 4, 3),
-        Tile(64, 128, 32, 4, 3),
-        Tile(128, 128, 32, 8, 3),
-    ),
-    "weight_gradient": (
-        Tile(64, 64, 32, 4, 3),
-        Tile(128, 128, 32, 8, 3),
-    ),
-}
 
 #: Tiles of float32, on every chip.
 TILES_FP32: dict[str, tuple[Tile, ...]] = {
