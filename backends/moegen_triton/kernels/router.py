@@ -37,7 +37,7 @@ def _blocks(num_tokens: int, num_experts: int, width: int) -> Blocks:
     if most <= TOGETHER and num_tokens >= 64 * PROGRAMS // 2:
         return Blocks(64, most, 32, 8 if most > 64 else 4, 0)
     tokens = min(64, max(16, int(triton.next_power_of_2(num_tokens))))
-    experts = min(most, 64)
+    experts = min(most, 64 if tokens == 64 else 32)
     programs = triton.cdiv(num_tokens, tokens) * triton.cdiv(num_experts, experts)
     parts = max(1, min(PROGRAMS // programs, width // 64))
     return Blocks(tokens, experts, 32, 4, parts)

@@ -36,7 +36,8 @@ def _by_scores(
     if NORMALIZE == "sum":
         at = row[:, None] * num_experts + chosen
         score = tl.load(scores + at, mask=inside, other=0)
-        total = (tl.sum(score, 1) + eps)[:, None]
+        total = tl.sum(score, 1)[:, None] + eps
+        total = tl.where(inside, total, 1.0)  # rows beyond the last have no scores
         grad = (grad - tl.sum(grad * score, 1)[:, None] / total) / total
     elif NORMALIZE == "softmax_over_kept":
         share = tl.load(weights + at, mask=inside, other=0) / scale

@@ -5,6 +5,9 @@ import triton.language as tl
 
 from .exact import times_float32
 
+# Below all logits but minus infinity, which less itself would be NaN.
+LEAST = tl.constexpr(-3.4e38)
+
 
 @triton.jit
 def _logits(
@@ -39,8 +42,9 @@ def _logits(
 @triton.jit
 def _scores(logits, expert, num_experts, AFFINITY: tl.constexpr):
     if AFFINITY == "softmax":
-        seen = tl.where(expert[None, :] < num_experts, logits, float("-inf"))
-        power = tl.exp(seen - tl.max(seen, 1)[:, None])
+        known = expert[None, :] < num_experts
+        seen = tl.where(known, logits, LEAST)
+        power = tl.where(known, tl.exp(seen - tl.max(seen, 1)[:, None]), 0.0)
         scores = power / tl.sum(power, 1)[:, None]
     elif AFFINITY == "sigmoid":
         scores = tl.sigmoid(logits)
@@ -114,8 +118,9 @@ def _decide(
     if NORMALIZE == "sum":
         weights = weights / (tl.sum(weights, 1) + eps)[:, None]
     elif NORMALIZE == "softmax_over_kept":
-        seen = tl.where(slot[None, :] < K, weights, float("-inf"))
-        power = tl.exp(seen - tl.max(seen, 1)[:, None])
+        taken = slot[None, :] < K
+        seen = tl.where(taken, weights, LEAST)
+        power = tl.where(taken, tl.exp(seen - tl.max(seen, 1)[:, None]), 0.0)
         weights = power / tl.sum(power, 1)[:, None]
     at = token.to(tl.int64)[:, None] * K + slot[None, :]
     inside = (token < num_tokens)[:, None] & (slot < K)[None, :]
