@@ -323,6 +323,14 @@ def test_weight_gradients(gathered: str, dtype: torch.dtype, tma: bool) -> None:
         check_products(exact, dtype, gathered, bias=True)
 
 
+def test_weight_gradients_of_whole_and_of_broken_steps_without_branches() -> None:
+    how = WEIGHT._replace(rows_tma=True, specialized=True)
+    for counts in (COUNTS, (16, 0, 18), (2, 32)):  # the last of which ends where memory does
+        exact = case(d=40, n=24, counts=counts)
+        with pinned(weight_gradient=how):
+            check_products(exact, torch.float32, "none")
+
+
 @pytest.mark.parametrize("gathered", ["left", "right", "none"])
 def test_weight_gradients_of_odd_widths(gathered: str) -> None:
     check_products(case(d=37, n=9), torch.float32, gathered)

@@ -150,7 +150,8 @@ def weight_gradient_kernel(
             LEFT_TMA, RIGHT_TMA, False, BLOCK_K, PRECISION,
         )  # fmt: skip
     if LEFT_TMA or RIGHT_TMA:  # noqa: SIM102
-        if whole < end:
+        # Loops with warps of their own bear no branch beside them.
+        if SPECIALIZED or whole < end:
             acc = _add_step(
                 acc, left, right, order, whole, top, edge, end, m, r, LEFT_K, RIGHT_K,
                 LEFT_TMA, RIGHT_TMA, True, BLOCK_K, PRECISION,
@@ -225,7 +226,7 @@ def weight_gradient(
         RIGHT_K=k if gathered == "right" else 0, LEFT_TMA=left_tma,
         RIGHT_TMA=right_tma, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         GROUP=tile.group, PRECISION=precision(),
-        SPECIALIZED=tile.specialized and left_tma and right_tma,
+        SPECIALIZED=tile.specialized and left_tma and right_tma and not bias,
         num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
     return out, out_bias
