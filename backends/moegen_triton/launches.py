@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moegen_triton.kernels.activations import is_gated
 from moegen_triton.kernels.combine import combine, combine_rows_of_tokens, gather_rows
+from moegen_triton.kernels.dense import clamped_swiglu
 from moegen_triton.kernels.dispatch import expert_load, inverse, sort_by_expert
 from moegen_triton.kernels.down import down
 from moegen_triton.kernels.hidden_gradient import hidden_gradient
@@ -197,6 +198,11 @@ def _route(x: Layer, *, affinity: str) -> Launch:
     return _with_gradients(weights, x.tensor(x.tokens, x.d), router)
 
 
+def _dense(x: Layer) -> Launch:
+    gate, up = x.tensor(x.tokens, x.n), x.tensor(x.tokens, x.n)
+    return _with_gradients(partial(clamped_swiglu, limit=7.0, alpha=1.7), gate, up)
+
+
 #: Kernels without a choice of tiles, by what they do.
 OTHERS: dict[str, Callable[[Layer], Launch]] = {
     "sort few": partial(_sort, tokens=64),
@@ -206,6 +212,7 @@ OTHERS: dict[str, Callable[[Layer], Launch]] = {
     "combine in a layer": _combine_alone,
     "gather": _gather,
     "bias gradient": lambda x: partial(bias_gradient, x.tensor(x.rows, x.d), x.routing()[1]),
+    "dense activation": _dense,
     "route softmax": partial(_route, affinity="softmax"),
     "route sigmoid": partial(_route, affinity="sigmoid"),
 }

@@ -89,7 +89,7 @@ TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
             _tma(128, 128, 64, 8, 3, 4),
         ),
         "down": (
-            _tma(16, 128, 128, 4, 4),
+            _tma(16, 128, 64, 4, 4),
             _tma(64, 128, 64, 4, 4),
             _tma(128, 128, 64, 8, 4),
             _tma(128, 256, 64, 8, 3),
@@ -100,7 +100,7 @@ TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
             _tma(128, 128, 64, 8, 4, 4),
         ),
         "input_gradient": (
-            _tma(16, 128, 128, 4, 4),
+            _tma(16, 128, 64, 4, 4),
             _tma(64, 128, 64, 4, 4),
             _tma(128, 128, 64, 8, 4),
             _tma(128, 256, 64, 8, 3),
@@ -116,14 +116,14 @@ TILES[100] = TILES[90]
 
 #: Tiles of float32, on every chip.
 TILES_FP32: dict[str, tuple[Tile, ...]] = {
-    "up": (Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2)),
-    "down": (Tile(16, 32, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+    "up": (Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)),
+    "down": (Tile(16, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
     "hidden_gradient": (
         Tile(16, 32, 32, 4, 2),
-        Tile(64, 64, 32, 4, 2, sub=2),
+        Tile(64, 64, 32, 8, 2, sub=2),
     ),
-    "input_gradient": (Tile(16, 32, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
-    "weight_gradient": (Tile(64, 64, 32, 4, 2),),
+    "input_gradient": (Tile(16, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
+    "weight_gradient": (Tile(64, 64, 32, 8, 2),),
 }
 
 #: Tiles of widths that 16 does not divide, on every chip: numbers are loaded one by one,
