@@ -98,7 +98,7 @@ def variations(tile: Tile) -> Iterator[Tile]:
     yield from (tile._replace(group=group) for group in (1, 4, 16) if group != tile.group)
     yield from (tile._replace(stages=s) for s in (tile.stages - 1, tile.stages + 1) if s)
     if tile.weights_tma and tile.rows_tma:
-        yield tile._replace(specialized=True, warps=4)
+        yield tile._replace(specialized=True, warps=4, sub=1)
 
 
 def _fastest(
