@@ -82,7 +82,7 @@ def hidden_gradient_kernel(
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
     ALPHA: tl.constexpr, ROWS_TMA: tl.constexpr, FORM: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of d_hidden [N, 2n or n], of active [N, n] and of shares [tiles, N].
 
@@ -105,7 +105,7 @@ def hidden_gradient_kernel(
         source = (choice.to(tl.int32) // K).to(tl.int64)
     start = block * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in tl.range(0, d, BLOCK_K, warp_specialize=SPECIALIZED):
+    for k in tl.range(0, d, BLOCK_K):
         a = load_rows(grad, source, first, k, d, stride_x, BLOCK_K, ROWS_TMA, EVEN)
         b = load_weight(
             down, expert, start, k, n, d, n, stride_e, stride_r, stride_c, BLOCK_N,
@@ -207,7 +207,6 @@ def hidden_gradient(
         grad.stride(0), *weight.stride(), K=k if gathered else 0, BLOCK_M=tile.m,
         BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, SUB=tile.sub, **settings,
         ROWS_TMA=rows_tma, FORM=form, EVEN=d % tile.k == 0, PRECISION=precision(),
-        SPECIALIZED=tile.specialized and rows_tma and form != "pointers",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if learnt is None or shares is None:
