@@ -133,5 +133,5 @@ TILES_ODD: dict[str, tuple[Tile, ...]] = {
     "down": (Tile(32, 32, 32, 4, 2), Tile(64, 64, 32, 8, 1)),
     "hidden_gradient": (Tile(32, 32, 32, 4, 2),),
     "input_gradient": (Tile(32, 32, 32, 4, 2), Tile(64, 64, 32, 8, 1)),
-    "weight_gradient": (Tile(32, 32, 32, 4, 2),),
+    "weight_gradient": (Tile(64, 32, 32, 8, 2),),
 }
