@@ -82,10 +82,8 @@ class Spec(Element):
         experts = getattr(getattr(self.model, "moe", None), "experts", None)
         if experts is not None and experts.recompute and self.train.dropout.experts:
             path = ("model", "moe", "experts", "recompute")
-            yield (
-                path,
-                "dropout keeps the products of experts apart, so nothing is computed again; drop one",
-            )
+            sentence = "dropout keeps experts' products apart, so nothing is recomputed; drop one"
+            yield path, sentence
 
     def warnings(self) -> Iterator[tuple[Path, str]]:
         """Yield (path, sentence) for what is allowed but seldom meant."""

@@ -26,12 +26,10 @@ def write(package: Package, folder: Path, *, force: bool) -> list[str]:
         order = sorted(package.files, key=lambda name: (name == "plan.json", name))
         stale = _recorded(folder).keys() - package.files.keys()
         for name in order:
-            (folder / name).parent.mkdir(exist_ok=True)
+            _make_room(folder / name, folder)
         changed = [name for name in order if put(folder / name, package.files[name])]
         for name in sorted(stale):
-            (folder / name).unlink(missing_ok=True)
-            if (folder / name).parent != folder and not any((folder / name).parent.iterdir()):
-                (folder / name).parent.rmdir()
+            _remove(folder / name, folder)
     except OSError as error:
         raise PackageError(f"cannot write to {folder}: {error.strerror or error}") from error
     return changed
@@ -87,10 +85,28 @@ def _recorded(folder: Path) -> Mapping[str, str]:
     return files if isinstance(files, dict) and plain else {}
 
 
+def _make_room(place: Path, folder: Path) -> None:
+    """The folder that a file goes into; a link there is replaced, and not followed."""
+    if place.parent != folder and place.parent.is_symlink():
+        place.parent.unlink()
+    place.parent.mkdir(exist_ok=True)
+
+
+def _remove(place: Path, folder: Path) -> None:
+    """Remove a file that is not needed any more, and the folder that it leaves empty."""
+    inner = place.parent
+    if inner == folder:
+        place.unlink(missing_ok=True)
+    elif inner.is_dir() and not inner.is_symlink():
+        place.unlink(missing_ok=True)
+        if not any(inner.iterdir()):
+            inner.rmdir()
+
+
 def _is_plain(name: str) -> bool:
     """Whether a name in a plan.json is of a file in the package, at most one folder deep."""
     parts = name.split("/")
-    return len(parts) <= 2 and all(Path(p).name == p for p in parts)
+    return len(parts) <= 2 and all(Path(p).name == p != ".." for p in parts)
 
 
 def _facts(folder: Path) -> dict[str, object]:

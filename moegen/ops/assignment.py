@@ -32,7 +32,9 @@ def _define_assignment(
             "moegen::balanced_assignment",
             kernel,
             mutates_args=(),
-            tags=(torch.Tag.cudagraph_unsafe,),  # how often it loops is read by the host
+            tags=(
+                torch.Tag.cudagraph_unsafe,
+            ),  # how often it loops is read by the host
         )
         definition.register_fake(fake)
     return torch.ops.moegen.balanced_assignment

@@ -4,7 +4,6 @@ Rows are those of experts.py: row i is flattened choice order[i], grouped by exp
 """
 
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ from moegen.ops.feed_forward_cpu import (
     _Layer,
     _outputs_on_cpu,
 )
+from moegen.ops.feed_forward_work import grouped_work, routed_work
 from moegen.ops.op import op
 
 
@@ -195,42 +195,12 @@ def _run(
     )
 
 
-def _flops(rows: int, up: Tensor, down: Tensor) -> int:
-    return int(2 * rows * (up.shape[1] * up.shape[2] + down.shape[1] * down.shape[2]))
-
-
-def _backward(
-    rows: int,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    *,
-    recompute: bool = False,
-    **_: Any,
-) -> Fraction:
-    """Two products for each, the sums for biases, and the first product once more."""
-    more = 0 if up_bias is None else 2 * rows * up.shape[1]
-    more += 0 if down_bias is None else 2 * rows * down.shape[1]
-    more += 2 * rows * up.shape[1] * up.shape[2] if recompute else 0
-    return 2 + Fraction(more, max(_flops(rows, up, down), 1))
-
-
-def _hidden(rows: int, up: Tensor, recompute: bool) -> int:
-    return 0 if recompute else int(rows * up.shape[1] * up.element_size())
-
-
 @op(
-    flops=lambda tokens, order, weights, ends, up, down, *_, **__: _flops(
-        order.shape[0], up, down
-    ),
-    backward=lambda tokens, order, weights, ends, up, down, *biases, **named: _backward(
-        order.shape[0], up, down, *biases, **named
-    ),
-    saves=("tokens", "order", "weights", "ends"),
-    extra=lambda tokens, order, weights, ends, up, down, *_, recompute=False, **__: (
-        _hidden(order.shape[0], up, recompute)
-    ),
+    flops=lambda *args, **named: routed_work(*args, **named).flops,
+    backward=lambda *args, **named: routed_work(*args, **named).backward,
+    saves=lambda *args, **named: routed_work(*args, **named).saves,
+    extra=lambda *args, **named: routed_work(*args, **named).extra,
+    inside=lambda *args, **named: routed_work(*args, **named).inside,
 )
 def routed_feed_forward(
     tokens: Tensor,
@@ -244,6 +214,7 @@ def routed_feed_forward(
     *,
     activation: Callable[..., Tensor],
     recompute: bool = False,
+    permute: bool = False,
     **settings: Any,
 ) -> Tensor:
     """Every token's experts, summed by weight: tokens [T, d], weights [T, K] -> [T, d].
@@ -251,7 +222,8 @@ def routed_feed_forward(
     up [E, 2n, d], gates first, or [E, n, d] where the activation takes one tensor; down
     [E, d, n]; biases [E, 2n] or [E, n], and [E, d]; settings go to the activation. Backward keeps
     tokens and the first product [N, 2n], or with `recompute` tokens alone. Choices of no expert
-    (rows from ends[-1] on) add nothing and get no gradient.
+    (rows from ends[-1] on) add nothing and get no gradient. Rows are copied into their order, so
+    `permute`, which asks for that, changes nothing.
     """
     apply = partial(activation, **settings)
     parameters = (up, down, up_bias, down_bias)
@@ -259,14 +231,11 @@ def routed_feed_forward(
 
 
 @op(
-    flops=lambda rows, ends, up, down, *_, **__: _flops(rows.shape[0], up, down),
-    backward=lambda rows, ends, up, down, *biases, **named: _backward(
-        rows.shape[0], up, down, *biases, **named
-    ),
-    saves=("rows", "ends"),
-    extra=lambda rows, ends, up, down, *_, recompute=False, **__: _hidden(
-        rows.shape[0], up, recompute
-    ),
+    flops=lambda *args, **named: grouped_work(*args, **named).flops,
+    backward=lambda *args, **named: grouped_work(*args, **named).backward,
+    saves=lambda *args, **named: grouped_work(*args, **named).saves,
+    extra=lambda *args, **named: grouped_work(*args, **named).extra,
+    inside=lambda *args, **named: grouped_work(*args, **named).inside,
 )
 def grouped_feed_forward(
     rows: Tensor,

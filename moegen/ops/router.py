@@ -1,5 +1,7 @@
 """A router in one op: the product, the scores, the choice and the weights of what is chosen."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,9 +10,20 @@ from moegen.ops.op import op
 from moegen.ops.routing import top_k
 
 
+def _saves(*_: Any, affinity: str = "softmax", **__: Any) -> tuple[str, ...]:
+    """What kernels keep: tokens, scores (logits where these are the same), choices, weights."""
+    return ("tokens", "out.0" if affinity == "none" else "out.1", "out.2", "out.3")
+
+
+def _inside(tokens: Tensor, router: Tensor, *_: Any, **__: Any) -> tuple[int, int]:
+    """Backward, the gradient of logits in fp32."""
+    return 0, 4 * tokens.shape[0] * router.shape[0]
+
+
 @op(
     flops=lambda tokens, router, *_, **__: 2 * tokens.numel() * router.shape[0],
-    saves=("tokens", "router", "out.1", "out.2", "out.3"),
+    saves=_saves,
+    inside=_inside,
 )
 def route(
     tokens: Tensor,
