@@ -163,6 +163,11 @@ def measure(
 @click.option("--aims", "for_aims", is_flag=True, help="The aims' workloads, and what is met.")
 @click.option("--predict", "with_predictions", is_flag=True, help="Predicted beside measured.")
 @click.option("--tune", "tune_first", is_flag=True, help="Measure tiles first, and use them.")
+@click.option(
+    "--own-time",
+    is_flag=True,
+    help="On a CPU that does other work too: the process's own time. Best with one thread.",
+)
 @click.option("--profile", is_flag=True, help="Times by kernel.")
 @click.option(
     "--from",
@@ -187,6 +192,7 @@ def main(
     for_aims: bool,
     with_predictions: bool,
     tune_first: bool,
+    own_time: bool,
     profile: bool,
     sources: tuple[Path, ...],
     out: Path | None,
@@ -202,17 +208,21 @@ def main(
         device = choose_device(mode)
         usual = {
             "gpu": (*TRAINING, "graph"),
-            "cpu": ("inference", "both"),
+            "cpu": ("inference", "both", "routed both"),
             "tiny": ("inference", "forward", "both", "routed both"),
         }
         options = Options(
             0.0 if mode == "tiny" else seconds,
             kinds or usual[mode],
             *((1, 1) if mode == "tiny" else (Options.least, Options.most)),
+            dense=mode != "tiny",
             profile=profile,
+            own_time=own_time,
         )
         command = shlex.join(["python", "-m", "benchmarks.moe_layer", *sys.argv[1:]])
         run = Run(machine(device), [command])
+        if own_time and mode == "cpu":
+            run.machine["clock"] = "the process's own time"
         run.machine["rates"] = device_rates(device)
         variants = chosen_variants(all_variants(mode, compile_too), only, without)
         works = chosen_work(mode, shapes, tokens, dtypes, routings, for_aims)

@@ -263,6 +263,36 @@ def test_ratios_are_of_paired_samples() -> None:
     assert samples.ratio("ours", "theirs") == 2.0
 
 
+def test_the_cpu_is_measured_beside_dense_products(tmp_path: Path) -> None:
+    words = [
+        "--cpu",
+        "--aims",
+        "--own-time",
+        "--shape",
+        "tiny",
+        "--tokens",
+        "9",
+        "--kind",
+        "both",
+        "--seconds",
+        "0",
+    ]
+    given = [*words, "--variant", "moegen eager", "--variant", "torch", "--dtype", "fp32"]
+    result = CliRunner().invoke(moe_layer.main, [*given, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    (case,) = read([tmp_path / "moe_layer_cpu.json"]).cases
+    assert [o.variant for o in case.outcomes] == [
+        "moegen eager",
+        "moegen eager, recompute",
+        "torch grouped_mm",
+        "dense products (ceiling)",
+    ]
+    assert all(o.milliseconds["both"] > 0 for o in case.outcomes)
+    again = ["--from", str(tmp_path / "moe_layer_cpu.json"), "--aims", "--out", str(tmp_path)]
+    assert CliRunner().invoke(moe_layer.main, [*again, "--name", "again"]).exit_code == 0
+    assert "moegen eager, recompute" in (tmp_path / "again.md").read_text(encoding="utf-8")
+
+
 def test_without_a_gpu_the_command_says_what_needs_none() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -42,8 +42,9 @@ class Options:
     kinds: tuple[str, ...] = (*TRAINING, "graph")
     least: int = LEAST_SAMPLES
     most: int = MOST_SAMPLES
-    dense: bool = True
+    dense: bool = False
     profile: bool = False
+    own_time: bool = False
 
 
 def kinds_of(work: Workload, device: torch.device, options: Options) -> list[str]:
@@ -160,9 +161,9 @@ class Bench:
             dense = dense_steps(self.work, self.device)
             steps[DENSE] = dense.get(kind, dense["inference"])
         limits = self.options
-        self._write_down(
-            kind, interleaved(steps, self.device, limits.seconds, limits.most, limits.least)
-        )
+        times = (limits.seconds, limits.most, limits.least)
+        found = interleaved(steps, self.device, *times, own_time=limits.own_time)
+        self._write_down(kind, found)
         self.inputs.clear()
 
     def profile(self) -> None:
@@ -210,7 +211,7 @@ def make_case(
     bench.check(variants, absent)
     if not work.decodes:
         bench.memory()
-    if options.dense and device.type == "cuda" and not work.decodes:
+    if options.dense and not work.decodes:
         case.outcomes.append(Outcome(DENSE, "dense", why="the layer's FLOPs, as one expert"))
     for kind in kinds_of(work, device, options):
         bench.times(kind)

@@ -138,7 +138,7 @@ def facts(run: Run) -> str:
     """The device and versions, and the commands, in two paragraphs."""
     known = run.machine
     lines = [f"{known['device']}, {known['date']}"]
-    for key in ("capability", "cuda", "processors", "load", "tiles"):
+    for key in ("capability", "cuda", "processors", "load", "tiles", "clock"):
         if key in known:
             lines.append(f"{key} {known[key]}")
     lines += [f"{name} {found}" for name, found in known["versions"].items()]

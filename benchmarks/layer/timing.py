@@ -39,11 +39,12 @@ class Samples:
 
 
 class Clock:
-    """Times steps by events of the device, or by the wall where there is none."""
+    """Times steps by events of the device, or on a CPU by the wall or the process's own time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, own_time: bool = False) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
+        self.now = time.process_time if own_time else time.perf_counter
 
     def wait(self) -> None:
         """Until the device has nothing left to do."""
@@ -54,10 +55,10 @@ class Clock:
         """Milliseconds a step, of `count` in a row that start on an idle device."""
         self.wait()
         if not self.cuda:
-            start = time.perf_counter()
+            start = self.now()
             for i in range(count):
                 step(first + i)
-            return 1e3 * (time.perf_counter() - start) / count
+            return 1e3 * (self.now() - start) / count
         begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()
@@ -85,12 +86,14 @@ def interleaved(
     seconds: float,
     most: int = MOST_SAMPLES,
     least: int = LEAST_SAMPLES,
+    *,
+    own_time: bool = False,
 ) -> Samples:
     """Rounds of one sample of each variant, each round beginning with another, for some seconds.
 
     The slow ones stop after a few rounds, so that pairs of the others are many.
     """
-    clock, samples = Clock(device), Samples({name: [] for name in steps})
+    clock, samples = Clock(device, own_time=own_time), Samples({name: [] for name in steps})
     estimate: dict[str, float] = {}
     if most == 1:  # only that it runs is asked
         return Samples({name: [clock.sample(step, 0, 1)] for name, step in steps.items()})

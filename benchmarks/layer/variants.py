@@ -133,7 +133,7 @@ DENSE = "dense products (ceiling)"
 
 
 def dense_steps(work: Workload, device: torch.device) -> dict[str, Callable[[int], object]]:
-    """cuBLAS products with the FLOPs of a forward and of a whole pass: one expert has all rows."""
+    """Plain products with the FLOPs of a forward and of a whole pass: one expert has all rows."""
     rows, d, n, dtype = work.rows, work.d, work.n, work.torch_dtype
 
     def numbers(*shape: int) -> Tensor:
