@@ -15,7 +15,7 @@ from .device import check_formats, narrow
 from .library import define
 
 WIDTH = 1024  # most columns of a program
-SIZE = 4096  # most values of a program
+SIZE = 1024  # most values of a program: eight a thread, so that many programs fit
 
 
 @triton.jit
