@@ -15,6 +15,9 @@ from torch.export import Dim, export
 
 from moegen.graph.execute import tensors
 
+# Dynamo makes an object of every autograd.Function that it meets, which torch itself warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
 # Between them: capacity, groups and biases, latent attention, sinks, windows, experts that choose,
 # and 16-bit formats.
 COMPILED = ["capacity-per-choice", "deepseek-v3-like", "gpt-oss-like", "expert-choice", "bf16"]

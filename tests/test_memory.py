@@ -272,28 +272,31 @@ def moe_saved(plan: Plan) -> int:
 
 def test_a_routed_layer_keeps_the_terms_of_the_formula() -> None:
     tokens, k, d, n, experts = TOKENS, 2, 32, 16, 8
-    rows = 4 * tokens * (d + 2 * k * d + 4 * k * n)  # x; gathered and output rows; 4 of width n
+    rows = 4 * tokens * (d + 2 * k * n)  # x, and the first product of each row, gate and up
     scores = 4 * tokens * experts
-    choices = (8 + 8 + 8 + 4) * tokens * k  # experts, order, tokens of rows, weights
+    choices = (8 + 8 + 4) * tokens * k  # experts, order, weights
     ends, mean = 4 * experts, 4 * (tokens + 1)
     assert moe_saved(planned("plain-moe")) == rows + scores + choices + ends + mean
 
 
-def test_a_routed_layer_in_bf16_keeps_no_source_of_an_index_add() -> None:
-    """At a shape where eager code with index_add was measured to keep 22,212,608 bytes."""
+@pytest.mark.parametrize(("recompute", "per_row"), [(False, 4), (True, 0)])
+def test_a_routed_layer_in_bf16_keeps_2d_and_4kn_bytes_a_token(
+    recompute: bool, per_row: int
+) -> None:
+    """Tokens and the first product, or tokens alone; and what the router keeps."""
     tokens, d, n, experts, k = 1024, 512, 256, 16, 4
-    sizes = {"experts": {"count": experts, "width": n}, "router": {"select": k}}
+    sizes: dict[str, Any] = {"experts": {"count": experts, "width": n}, "router": {"select": k}}
+    sizes["experts"]["recompute"] = recompute
     source = spec(
         "measured",
         {"d_model": d, "max_sequence": tokens, "layers": 1, "moe": sizes, "vocab_size": 64},
         precision={"parameters": "bf16"},
     )
     source["model"]["attention"] = {"heads": 8}
-    routed = 2 * tokens * (d + 2 * k * d + 4 * k * n) + 4 * tokens * experts
-    found = moe_saved(planned(source, 1, tokens))
-    found += (2 - 4) * tokens * d  # x is kept as the router's fp32, which the measured one had not
-    assert routed < found < 1.01 * routed
-    assert abs(found + 2 * tokens * k * d - 22_212_608) < 0.005 * 22_212_608
+    router = 4 * tokens * (d + experts) + 4 * (tokens + 1)  # tokens in fp32, scores, their mean
+    choices = (8 + 8 + 4) * tokens * k + 4 * experts  # experts, order, weights; ends
+    experts_keep = tokens * (2 * d + per_row * k * n)
+    assert moe_saved(planned(source, 1, tokens)) == experts_keep + choices + router
 
 
 @pytest.mark.parametrize(
