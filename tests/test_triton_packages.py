@@ -30,7 +30,7 @@ NAMES = sorted(n for n in ALL if "moe" in ALL[n]["model"] and n not in WIDE)
 
 
 def built(name: str, which: str) -> Any:
-    """A model of one layer in a package, the first of which is routed; ids of 8 tokens go in."""
+    """A model from a package of a backend; policies in one layer, since kernels are slow here."""
     overrides = ["model.layers=1"] if name in ROUTED else []
     made = moegen.module(ALL[name], overrides, backend=which)
     return filled(made.Model)
@@ -50,7 +50,7 @@ def test_a_package_with_kernels_computes_what_one_without_does(name: str) -> Non
     rough = 2e-2 if any(p.dtype == torch.bfloat16 for p in plain.parameters()) else 1e-4
     rough = 2e-2 if name == "mixed" else rough
     outs = [output(model, name) for model in (plain, fused)]
-    for model, out in zip((plain, fused), outs, strict=True):
+    for out in outs:
         loss = out.logits.float().square().mean() + sum(getattr(out, "losses", {}).values())
         loss.backward()
     expected, actual = (out.logits.float() for out in outs)
@@ -99,7 +99,7 @@ def test_a_model_says_what_is_one_op() -> None:
     assert "out = routed_feed_forward(" in text
     assert "gather_rows" not in text
     ops = files("plain-moe")["ops.py"]
-    assert "from .kernels.router import route as route" in ops
+    assert "from .kernels.router import route\n" in ops
 
 
 def test_emitted_code_is_clean_and_typed(tmp_path: Path) -> None:
@@ -201,8 +201,9 @@ def test_fp64_is_refused_with_what_to_do() -> None:
 def test_show_and_estimate_tell_of_the_rewritten_graph() -> None:
     tiny = str(ROOT / "specs" / "tiny.yaml")
     shown = run("show", tiny, "moe", "-b", "triton").output
-    assert "route(" in shown or "route" in shown.split()
-    assert "routed_feed_forward" in shown
+    shown = " ".join(shown.split())
+    assert "route is one op in place of linear, softmax, add, top_k, gather, sum, truediv." in shown
+    assert "out is one op in place of gather_rows, grouped_linear, chunk, swiglu, combine." in shown
     told = run("estimate", tiny, "-b", "triton").output
     assert "eager" in told
     assert "eager" not in run("estimate", tiny).output

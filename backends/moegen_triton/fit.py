@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import fx
@@ -16,6 +15,7 @@ from moegen.ops.feed_forward import routed_feed_forward
 from moegen.ops.op import op_of
 from moegen.planner import Plan
 from moegen_triton.emit import KERNELS
+from moegen_triton.fusions import weight_behind
 
 
 def needs(plan: Plan) -> Iterator[Problem]:
@@ -54,8 +54,7 @@ def says(plan: Plan) -> Iterator[Problem]:
     for component, node in _nodes(plan):
         if node.target is not routed_feed_forward:
             continue
-        down: Any = node.args[5]
-        width = component.weights[str(down.target)].shape[2]
+        width = weight_behind(component, node.args[5]).shape[2]
         if width not in seen:
             seen.add(width)
             yield Problem(_reading(width, bool(node.kwargs.get("permute"))))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from moegen.graph import meta
-from moegen.graph.component import Component
+from moegen.graph.component import Component, Weight
 from moegen.graph.fault import Fault
 from moegen.ops.experts import grouped_linear
 from moegen.ops.feed_forward import grouped_feed_forward, routed_feed_forward
@@ -27,10 +27,16 @@ def check_formats(component: Component, graph: fx.Graph) -> None:
     """Refuse experts in fp64, which kernels do not compute in."""
     for node in graph.nodes:
         if node.target is grouped_linear:
-            weight = component.weights.get(str(node.args[1].target))
-            if weight is not None and weight.dtype == torch.float64:
+            if weight_behind(component, node.args[1]).dtype == torch.float64:
                 sentence = "there are no Triton kernels for fp64; use fp32, or -b eager"
                 raise Fault(sentence, ("precision",), "")
+
+
+def weight_behind(component: Component, node: Any) -> Weight:
+    """The parameter that a node is, or is a copy of in another format."""
+    while node.op == "call_method":
+        node = node.args[0]
+    return component.weights[str(node.target)]
 
 
 def permute_wide(component: Component, graph: fx.Graph) -> None:
@@ -40,7 +46,7 @@ def permute_wide(component: Component, graph: fx.Graph) -> None:
     """
     for node in graph.nodes:
         if node.target is routed_feed_forward:
-            width = component.weights[str(node.args[5].target)].shape[2]
+            width = weight_behind(component, node.args[5]).shape[2]
             if permutes(width, CHIPS[90]):
                 node.kwargs = {**node.kwargs, "permute": True}
 

@@ -60,8 +60,19 @@ def ops_module(names: set[str], doors: Mapping[str, str] | None = None) -> str:
                     imports.add(line)
     _refuse_clash(kept)
     texts = [_module(m).statements[i][2] for m in sorted(kept) for i in sorted(kept[m])]
-    lines = sorted(f"from {module} import {name} as {name}" for name, module in doors.items())
-    return _join(sorted(imports), lines, texts)
+    return _join(sorted(imports), _doors(doors, names), texts)
+
+
+def _doors(doors: Mapping[str, str], own: set[str]) -> list[str]:
+    """Imports from other modules of the package, in isort's order, and what all of this is for."""
+    if not doors:
+        return []
+    modules: dict[str, list[str]] = {}
+    for name, module in doors.items():
+        modules.setdefault(module, []).append(name)
+    lines = [f"from {m} import {', '.join(sorted(modules[m]))}" for m in sorted(modules)]
+    names = [f'    "{name}",' for name in sorted({*doors, *own})]
+    return [*lines, "", "__all__ = [", *names, "]"]
 
 
 def _refuse_clash(kept: dict[str, set[int]]) -> None:

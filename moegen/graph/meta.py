@@ -38,6 +38,11 @@ def section(node: fx.Node) -> str | None:
     return node.meta.get(SECTION)
 
 
+def fused(node: fx.Node) -> tuple[str, ...]:
+    """What a node replaces, a word for each, in their order; nothing if it is no fusion."""
+    return node.meta.get(FUSED, ())  # type: ignore[no-any-return]
+
+
 def origin(node: fx.Node) -> Origin:
     """The place in the spec and in the elements' source that made the node."""
     return node.meta[ORIGIN]  # type: ignore[no-any-return]

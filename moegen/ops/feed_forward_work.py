@@ -36,9 +36,10 @@ class Work:
 
     @property
     def saves(self) -> tuple[str, ...]:
-        """Tokens, unless the op had to cast them, and how they were routed."""
+        """Tokens, unless the op had to cast them, how they were routed, and parameters."""
         same = self.tokens.dtype == self.up.dtype
-        return (self.source, *self.routing) if same else self.routing
+        parameters = ("up", "down", "up_bias", "down_bias")
+        return (*([self.source] if same else []), *self.routing, *parameters)
 
     @property
     def extra(self) -> int:

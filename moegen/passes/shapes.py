@@ -95,9 +95,13 @@ def describe(node: fx.Node) -> str:
 
     target = getattr(node.target, "__name__", str(node.target))
     values = fx.node.map_arg((node.args, node.kwargs), shape)
-    arguments = [*map(str, values[0]), *(f"{k}={v}" for k, v in values[1].items())]
+    arguments = [*map(_word, values[0]), *(f"{k}={_word(v)}" for k, v in values[1].items())]
     name = meta.name(node)
     return f"{name + ' = ' if name else ''}{target}({', '.join(arguments)})"
+
+
+def _word(value: Any) -> str:
+    return str(value.__name__ if callable(value) else value)
 
 
 def signature(value: Any) -> str:

@@ -94,6 +94,10 @@ def _graph(
         )
     screen.print()
     screen.print(made)
+    for node in rows:
+        replaced = dict.fromkeys(w for w in meta.fused(node) if w != "getitem")
+        if replaced:
+            note(screen, f"{names[node]} is one op in place of {', '.join(replaced)}.")
     note(
         screen,
         "FLOPs: forward, of one call. saved: bytes kept for backward at each node that keeps them; "

@@ -80,7 +80,8 @@ def narrow(x, dtype: tl.constexpr):
     """The float32 x as dtype, rounded to nearest even. Stores take this, never x itself."""
     if is_interpreting and dtype == tl.bfloat16:  # where the lower bits are cut off
         bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        bits = tl.where(is_nan, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
         y = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         y = x.to(dtype)
