@@ -277,7 +277,8 @@ def test_the_cpu_is_measured_beside_dense_products(tmp_path: Path) -> None:
         "--seconds",
         "0",
     ]
-    given = [*words, "--variant", "moegen eager", "--variant", "torch", "--dtype", "fp32"]
+    words += ["--kind", "both", "--seconds", "0", "--dtype", "fp32"]
+    given = [*words, "--variant", "moegen eager", "--variant", "torch"]
     result = CliRunner().invoke(moe_layer.main, [*given, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     (case,) = read([tmp_path / "moe_layer_cpu.json"]).cases

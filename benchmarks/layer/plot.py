@@ -1,79 +1,112 @@
-"""Results as a picture: TFLOP/s over tokens, and bandwidth of decoding."""
+"""Results as a picture: TFLOP/s over tokens, and bandwidth of inference of few tokens."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layer.record import Case, Run
+from benchmarks.layer.record import Case, Outcome, Run
 from benchmarks.layer.report import bandwidth, teraflops
 from benchmarks.layer.variants import DENSE
 
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
-
-
-def _style(index: int, family: str) -> dict[str, Any]:
-    ours = family.startswith("ours")
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": "o" if ours else "^",
-        "linewidth": 2.2 if ours else 1.2,
-        "linestyle": "-" if ours else "--",
-    }
+PANELS = {"forward": "forward", "both": "forward+backward", "decode": "inference of few tokens"}
+COLUMNS = 3
+# By variant: tokens and values.
+Lines = dict[str, list[tuple[int, float]]]
 
 
 def plot(run: Run, path: Path) -> None:
-    """One row of axes a layer: forward, forward+backward, and inference of few tokens."""
+    """Axes for each layer and each of the PANELS that has figures: lines, or bars of one point."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     layers = list(dict.fromkeys((c.work.layer, c.work.dtype, c.work.routing) for c in run.cases))
-    names = list(dict.fromkeys((o.variant, o.family) for c in run.cases for o in c.outcomes))
-    columns = ("forward", "both", "decode")
-    figure, axes = plt.subplots(
-        len(layers), len(columns), figsize=(15, 3.6 * len(layers)), squeeze=False
-    )
-    for row, layer in zip(axes, layers, strict=True):
+    panels = []
+    for layer in layers:
         cases = [c for c in run.cases if (c.work.layer, c.work.dtype, c.work.routing) == layer]
-        for ax, column in zip(row, columns, strict=True):
-            _draw(ax, sorted(cases, key=lambda c: c.work.tokens), column, names)
-            title = {"both": "forward+backward", "decode": "inference, few tokens"}
-            ax.set_title(f"{', '.join(layer)}: {title.get(column, column)}", fontsize=9)
-    handles: dict[str, Any] = {}
-    for ax in axes.flat:
-        handles |= {line.get_label(): line for line in ax.get_lines()}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"{run.machine['device']}, {run.machine['date']}", fontsize=10)
-    figure.tight_layout(rect=(0, 0.02 + 0.35 / len(layers) ** 1.2, 1, 0.98))
-    figure.savefig(path, dpi=110)
+        cases.sort(key=lambda case: case.work.tokens)
+        for panel, title in PANELS.items():
+            lines = _lines(cases, panel)
+            if lines:
+                panels.append((f"{', '.join(layer)}: {title}", panel, lines))
+    rows = max(1, -(-len(panels) // COLUMNS))
+    height = 3.6 * rows + 1.6
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(16, height), squeeze=False)
+    names = {o.variant: o.family for case in run.cases for o in case.outcomes}
+    styles = {name: _style(i, name, family) for i, (name, family) in enumerate(names.items())}
+    for ax, (title, panel, lines) in zip(axes.flat, panels, strict=False):
+        ax.set_title(title, fontsize=9)
+        _draw(ax, lines, panel, styles)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    _legend(figure, [line for _, _, lines in panels for line in lines], styles)
+    figure.suptitle(
+        f"{run.machine['device']}, {run.machine['date']}", fontsize=10, y=1 - 0.1 / height
+    )
+    figure.tight_layout(rect=(0, 0.9 / height, 1, 1 - 0.4 / height))
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def _draw(ax: Any, cases: list[Case], column: str, names: list[tuple[str, str]]) -> None:
-    for index, (name, family) in enumerate(names):
-        points = []
-        for case in cases:
-            outcome = case.outcome(name)
-            if outcome is None or outcome.state != "right":
-                continue
-            if case.work.decodes != (column == "decode"):
-                continue
-            rate = bandwidth(case, outcome) if column == "decode" else None
-            value = rate and rate / 1e9
-            if column != "decode":
-                kind = "inference" if "forward" not in outcome.milliseconds else "forward"
-                value = teraflops(case, outcome, kind if column == "forward" else column)
+def _value(case: Case, outcome: Outcome, panel: str) -> float | None:
+    if panel == "decode":
+        rate = bandwidth(case, outcome) if case.work.decodes else None
+        return rate and rate / 1e9
+    if case.work.decodes:
+        return None
+    kind = panel
+    if panel == "forward" and "forward" not in outcome.milliseconds:
+        kind = "inference"
+    return teraflops(case, outcome, kind)
+
+
+def _lines(cases: list[Case], panel: str) -> Lines:
+    lines: Lines = {}
+    for case in cases:
+        for outcome in case.outcomes:
+            value = _value(case, outcome, panel)
             if value:
-                points.append((case.work.tokens, value))
-        if points:
-            style = _style(index, family)
-            if name == DENSE:
-                style |= {"color": "black", "marker": "", "linestyle": ":"}
-            ax.plot(*zip(*points, strict=True), label=name, **style)
+                lines.setdefault(outcome.variant, []).append((case.work.tokens, value))
+    return lines
+
+
+def _style(index: int, name: str, family: str) -> dict[str, Any]:
+    if name == DENSE:
+        return {"color": "black", "linestyle": ":", "linewidth": 1.5}
+    ours = family.startswith("ours")
+    return {
+        "color": f"C{index % 10}",
+        "marker": "o" if ours else "^",
+        "linewidth": 2.2 if ours else 1.2,
+        "linestyle": "-" if ours else "--",
+    }
+
+
+def _draw(ax: Any, lines: Lines, panel: str, styles: dict[str, dict[str, Any]]) -> None:
+    unit = "GB/s of touched weights" if panel == "decode" else "TFLOP/s"
+    counts = {tokens for points in lines.values() for tokens, _ in points}
+    ax.grid(alpha=0.3)
+    if len(counts) == 1:
+        names = list(lines)[::-1]
+        values = [lines[name][0][1] for name in names]
+        ax.barh(names, values, color=[styles[name]["color"] for name in names])
+        ax.tick_params(axis="y", labelsize=7)
+        ax.set_xlabel(f"{unit}, {counts.pop()} tokens")
+        return
+    for name, points in lines.items():
+        ax.plot(*zip(*points, strict=True), **styles[name])
     ax.set_xscale("log", base=2)
     ax.set_xlabel("tokens")
-    ax.set_ylabel("GB/s of touched weights" if column == "decode" else "TFLOP/s")
+    ax.set_ylabel(unit)
     ax.set_ylim(bottom=0)
-    ax.grid(alpha=0.3)
+
+
+def _legend(figure: Any, names: list[str], styles: dict[str, dict[str, Any]]) -> None:
+    from matplotlib.lines import Line2D
+
+    shown = list(dict.fromkeys(names))
+    handles = [Line2D([], [], **styles[name], label=name) for name in shown]
+    if handles:
+        figure.legend(handles=handles, loc="lower center", ncols=5, fontsize=8)
