@@ -157,7 +157,7 @@ def test_the_reference_is_that_of_autograd_in_float64(inputs: Inputs) -> None:
 
 
 def test_one_wrong_row_of_many_and_nan_are_out_of_bounds() -> None:
-    exact = torch.randn(5000, 64)
+    exact = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(1))
     assert not verdict({"out": error(exact.bfloat16(), exact.double())}, "bf16")
     moved = exact.clone()
     moved[4500] = exact[4499]
