@@ -13,7 +13,7 @@ from torch import Tensor
 from moegen.ops.experts import _spans
 
 # Rows of a block, unless one expert has more: few for a cache, many for a call.
-_BLOCK = 256
+_BLOCK = 128
 
 
 class _Layer(NamedTuple):
@@ -152,7 +152,9 @@ def _gradients_on_cpu(
         wide = None if hidden is None else hidden[block]
         if wide is None:
             wide = _first_product(layer, rows, inside, None)
-        leaves, active = _activate(layer, wide)
+        leaf = wide.detach().requires_grad_()
+        with torch.enable_grad():
+            active = layer.activation(*layer.halves(leaf))
         back = _multiply(pulled, layer.down.mT, None, inside, torch.empty_like(active))
         if "weights" in found:
             found["weights"][block] = _dots(layer, back, active, pulled, inside)
@@ -164,7 +166,10 @@ def _gradients_on_cpu(
         _outer(pulled, scaled, inside, found.get("down"))
         _outer(pulled, part, inside, found.get("down_bias"))
         if found.keys() & {"up", "up_bias", "tokens"}:
-            back = _pull(leaves, active, back)
+            if active.requires_grad:
+                (back,) = torch.autograd.grad(active, leaf, back)
+            else:  # a step, which has no slope
+                back = torch.zeros_like(wide)
             _outer(back, rows, inside, found.get("up"))
             _outer(back, back.new_ones(back.shape[0], 1), inside, found.get("up_bias"))
         if "tokens" in found:
@@ -172,24 +177,6 @@ def _gradients_on_cpu(
     for name in found.keys() & {"tokens", "weights"}:
         _without_tail(found[name], layer.ends)
     return found
-
-
-def _activate(layer: _Layer, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Copies of the halves of hidden [B, 2n], and the activation of these, with its graph.
-
-    The halves' rows lie apart in hidden, which costs every elementwise pass more than one copy.
-    """
-    leaves = [x.detach().contiguous().requires_grad_() for x in layer.halves(hidden)]
-    with torch.enable_grad():
-        return leaves, layer.activation(*leaves)
-
-
-def _pull(leaves: list[Tensor], active: Tensor, grad: Tensor) -> Tensor:
-    """The gradient [B, 2n] of what the leaves are halves of, from that of their activation."""
-    if not active.requires_grad:  # a step, which has no slope
-        return torch.cat([torch.zeros_like(x) for x in leaves], -1)
-    found = torch.autograd.grad(active, leaves, grad, materialize_grads=True)
-    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 def _rooms(layer: _Layer, grad: Tensor, wanted: list[str]) -> dict[str, Tensor]:
