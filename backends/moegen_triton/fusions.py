@@ -25,11 +25,10 @@ ACTIVATIONS = frozenset(
 
 def check_formats(component: Component, graph: fx.Graph) -> None:
     """Refuse experts in fp64, which kernels do not compute in."""
-    for node in graph.nodes:
-        if node.target is grouped_linear:
-            if weight_behind(component, node.args[1]).dtype == torch.float64:
-                sentence = "there are no Triton kernels for fp64; use fp32, or -b eager"
-                raise Fault(sentence, ("precision",), "")
+    products = (n for n in graph.nodes if n.target is grouped_linear)
+    if any(weight_behind(component, n.args[1]).dtype == torch.float64 for n in products):
+        sentence = "there are no Triton kernels for fp64; use fp32, or -b eager"
+        raise Fault(sentence, ("precision",), "")
 
 
 def weight_behind(component: Component, node: Any) -> Weight:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of any one shape (Shazeer 2020, arXiv:2002.05202)."""
+    return F.silu(gate) * up
 
 
 def write_cache(cache: Tensor, positions: Tensor, values: Tensor) -> Tensor:
@@ -57,89 +63,6 @@ def _sum_entries(
 ) -> Tensor:
     """Weighted sums of rows[entries] over the runs that begin at starts, fused, without atomics."""
     return F.embedding_bag(entries, rows, starts, mode="sum", per_sample_weights=weight)
-
-
-def _gather_rows_kernel(tokens: Tensor, order: Tensor) -> Tensor:
-    """Row i is token order[i] // K; the gradient sums a token's rows: no scatter, no atomics."""
-    k = order.shape[0] // max(tokens.shape[0], 1)
-    return tokens.index_select(0, order // max(k, 1))
-
-
-def _gather_rows_fake(tokens: Tensor, order: Tensor) -> Tensor:
-    return tokens.new_empty(order.shape[0], tokens.shape[1])
-
-
-def _gather_rows_save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    tokens, order = inputs
-    ctx.save_for_backward(order)
-    ctx.num_tokens = tokens.shape[0]
-
-
-def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (order,) = ctx.saved_tensors
-    starts = _starts(order, ctx.num_tokens)
-    return _sum_entries(grad.contiguous(), _inverse(order), starts, None), None
-
-
-def _sum_rows_kernel(
-    rows: Tensor, weight: Tensor, order: Tensor, starts: Tensor, token: Tensor
-) -> Tensor:
-    """Sum rows by token: weight [N] is sorted by token, entry order[i] belongs to row i.
-
-    Token t owns the entries from starts[t] on; token [N], that of each row, serves the gradient.
-    """
-    return _sum_entries(rows.contiguous(), _inverse(order), starts, weight)
-
-
-def _sum_rows_fake(
-    rows: Tensor, weight: Tensor, order: Tensor, starts: Tensor, token: Tensor
-) -> Tensor:
-    return rows.new_empty(starts.shape[0], rows.shape[1])
-
-
-def _sum_rows_save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    rows, weight, order, _, token = inputs
-    ctx.save_for_backward(rows, weight, order, token)
-
-
-def _sum_rows_backward(
-    ctx: Any, grad: Tensor
-) -> tuple[Tensor, Tensor, None, None, None]:
-    rows, weight, order, token = ctx.saved_tensors
-    grad_rows = grad.index_select(0, token)
-    grad_weight = torch.empty_like(weight).scatter_(
-        0, order, (grad_rows * rows).sum(-1)
-    )
-    # Scaled in place: one buffer of all rows less in the backward pass.
-    grad_rows.mul_(weight.index_select(0, order).unsqueeze(-1))
-    return grad_rows, grad_weight, None, None, None
-
-
-_gather_rows = _define(
-    "gather_rows",
-    _gather_rows_kernel,
-    _gather_rows_fake,
-    _gather_rows_save,
-    _gather_rows_backward,
-)
-
-
-_sum_rows = _define(
-    "sum_rows", _sum_rows_kernel, _sum_rows_fake, _sum_rows_save, _sum_rows_backward
-)
-
-
-def gather_rows(tokens: Tensor, order: Tensor) -> Tensor:
-    """The token of every row: tokens [T, d], order [N] -> [N, d]."""
-    return _gather_rows(tokens, order)  # type: ignore[no-any-return]
-
-
-def combine(rows: Tensor, order: Tensor, weight: Tensor) -> Tensor:
-    """Sum each token's rows by weight: rows [N, d], order [N], weight [T, K] -> [T, d]."""
-    num_tokens, k = weight.shape
-    weight = weight.to(rows.dtype).flatten()
-    starts = _starts(order, num_tokens)
-    return _sum_rows(rows, weight, order, starts, order // k)  # type: ignore[no-any-return]
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -248,13 +171,396 @@ _grouped_outer = _define(
 )
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each expert's rows by its matrix: rows [N, d], weight [E, n, d] -> [N, n].
+class _FeedForward(torch.autograd.Function):
+    """Gathers rows, applies both products with the activation between, and sums rows by weight.
 
-    Rows of no expert, from ends[-1] on, give zeros and get zero gradients, whatever they hold.
+    Rows and activations are computed again in the backward pass, and nothing of the second
+    product is kept: the gradient of a weight follows from the gradient of its row's activation.
     """
-    # Under autocast rows may come from a product in 16 bits.
-    return _grouped_linear(rows.to(weight.dtype), weight, ends)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Callable[..., Tensor],
+        keep: bool,
+        tokens: Tensor,
+        order: Tensor | None,
+        weights: Tensor | None,
+        ends: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        owner = None if order is None else _owners(tokens, order)
+        layer = _Layer(activation, tokens, owner, None, ends, *parameters)  # type: ignore[arg-type]
+        run = _outputs_on_cpu if _in_memory(*layer.tensors()) else _outputs
+        out, hidden = run(layer, keep)
+        ctx.activation = activation
+        ctx.save_for_backward(tokens, order, weights, ends, hidden, *parameters)
+        if order is None or weights is None:
+            return out
+        starts = _starts(order, tokens.shape[0])
+        shares = weights.to(out.dtype).flatten()
+        return _sum_entries(out, _inverse(order), starts, shares)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("experts as one op have no gradient of their gradient")
+        tokens, order, weights, ends, hidden, *parameters = ctx.saved_tensors
+        owner, share = None, None
+        if order is not None:
+            owner = _owners(tokens, order)
+            share = weights.to(grad.dtype).flatten().index_select(0, order)
+            share = share.unsqueeze(-1)
+        layer = _Layer(ctx.activation, tokens, owner, share, ends, *parameters)
+        needs = zip(_INPUTS, ctx.needs_input_grad[2:], strict=True)
+        wanted = [name for name, needed in needs if needed]
+        grad = grad.contiguous()
+        run = (
+            _gradients_on_cpu
+            if _in_memory(grad, hidden, *layer.tensors())
+            else _gradients
+        )
+        found = run(layer, hidden, grad, wanted)
+        if "tokens" in found:
+            found["tokens"] = _sum_tokens(found["tokens"], order, tokens.shape[0])
+        if "weights" in found:
+            found["weights"] = _by_choice(found["weights"], order, weights)
+        return None, None, *(found.get(name) for name in _INPUTS)
+
+
+_INPUTS = (
+    *("tokens", "order", "weights", "ends"),
+    *("up", "down", "up_bias", "down_bias"),
+)
+
+
+def _outputs(layer: _Layer, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """As _outputs_on_cpu, by grouped products."""
+    rows = _rows(layer.tokens, layer.owner)
+    hidden = _project(rows, layer.up, layer.up_bias, layer.ends)
+    active = layer.activation(*layer.halves(hidden))
+    out = _project(active, layer.down, layer.down_bias, layer.ends)
+    return out, hidden if keep else None
+
+
+def _gradients(
+    layer: _Layer, hidden: Tensor | None, grad: Tensor, wanted: list[str]
+) -> dict[str, Tensor]:
+    """As _gradients_on_cpu, by grouped products."""
+    tokens, owner, share, ends = layer.tokens, layer.owner, layer.share, layer.ends
+    up, down, up_bias, down_bias = layer.up, layer.down, layer.up_bias, layer.down_bias
+    rows, grad = _rows(tokens, owner), _rows(grad, owner)
+    if hidden is None:
+        hidden = _project(rows, up, up_bias, ends)
+    found: dict[str, Tensor] = {}
+    active, pull = torch.func.vjp(  # type: ignore[misc]
+        lambda x: layer.activation(*layer.halves(x)), hidden
+    )
+    back = _grouped_linear(grad, down.transpose(1, 2), ends)
+    ones = grad.new_ones(grad.shape[0], 1)
+    if "weights" in wanted:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        of_row = (back * active).sum(-1, dtype=wide)
+        if down_bias is not None:
+            of_bias = grad * _of_rows(down_bias, grad, ends)
+            of_row = of_row + of_bias.sum(-1, dtype=wide)
+        found["weights"] = of_row
+    if share is not None:
+        back, active = back * share, active * share
+    if "down" in wanted:
+        found["down"] = _grouped_outer(grad, active, ends)
+    if "down_bias" in wanted:
+        part = ones if share is None else share
+        found["down_bias"] = _grouped_outer(grad, part, ends).squeeze(-1)
+    (back,) = pull(back)
+    if "up" in wanted:
+        found["up"] = _grouped_outer(back, rows, ends)
+    if "up_bias" in wanted:
+        found["up_bias"] = _grouped_outer(back, ones, ends).squeeze(-1)
+    if "tokens" in wanted:
+        found["tokens"] = _grouped_linear(back, up.transpose(1, 2), ends)
+    return found
+
+
+def _owners(tokens: Tensor, order: Tensor) -> Tensor:
+    """The token of every row [N]."""
+    k = order.shape[0] // max(tokens.shape[0], 1)
+    return order // max(k, 1)
+
+
+def _rows(tokens: Tensor, owner: Tensor | None) -> Tensor:
+    """The token of every row, or the rows themselves where no owner is given."""
+    return tokens if owner is None else tokens.index_select(0, owner)
+
+
+def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    out: Tensor = _grouped_linear(rows, weight, ends)
+    return out if bias is None else out + _of_rows(bias, out, ends)
+
+
+def _of_rows(bias: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """The bias of each row's expert, [N, n]; zero for rows of no expert."""
+    row = torch.arange(rows.shape[0], device=rows.device, dtype=ends.dtype)
+    expert = torch.searchsorted(ends, row, right=True)
+    return F.pad(bias, (0, 0, 0, 1)).index_select(0, expert)
+
+
+def _by_choice(of_row: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Values of rows [N] where their choices are, in the shape and format of weights [T, K]."""
+    placed = torch.empty_like(of_row).scatter_(0, order, of_row)
+    return placed.view(weights.shape).to(weights.dtype)
+
+
+def _sum_tokens(rows: Tensor, order: Tensor | None, num_tokens: int) -> Tensor:
+    if order is None:
+        return rows
+    return _sum_entries(rows, _inverse(order), _starts(order, num_tokens), None)
+
+
+def _run(
+    tokens: Tensor,
+    order: Tensor | None,
+    weights: Tensor | None,
+    ends: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    activation: Callable[..., Tensor],
+    recompute: bool,
+) -> Tensor:
+    """In the format of the parameters, or of autocast."""
+    kind = tokens.device.type
+    dtype = parameters[0].dtype if parameters[0] is not None else tokens.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    cast = (p if p is None else p.to(dtype) for p in parameters)
+    keep = torch.is_grad_enabled() and not recompute
+    return _FeedForward.apply(  # type: ignore[no-any-return, no-untyped-call]
+        activation, keep, tokens.to(dtype), order, weights, ends, *cast
+    )
+
+
+def routed_feed_forward(
+    tokens: Tensor,
+    order: Tensor,
+    weights: Tensor,
+    ends: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: Callable[..., Tensor],
+    recompute: bool = False,
+    permute: bool = False,
+    **settings: Any,
+) -> Tensor:
+    """Every token's experts, summed by weight: tokens [T, d], weights [T, K] -> [T, d].
+
+    up [E, 2n, d], gates first, or [E, n, d] where the activation takes one tensor; down
+    [E, d, n]; biases [E, 2n] or [E, n], and [E, d]; settings go to the activation. Backward keeps
+    tokens and the first product [N, 2n], or with `recompute` tokens alone. Choices of no expert
+    (rows from ends[-1] on) add nothing and get no gradient. Rows are copied into their order, so
+    `permute`, which asks for that, changes nothing.
+    """
+    apply = partial(activation, **settings)
+    parameters = (up, down, up_bias, down_bias)
+    return _run(tokens, order, weights, ends, parameters, apply, recompute)
+
+
+# Rows of a block, unless one expert has more: few for a cache, many for a call.
+_BLOCK = 128
+
+
+class _Layer(NamedTuple):
+    """Experts and what they work on: the activation takes two halves if up has rows for both.
+
+    owner [N] is the token of each row, None where tokens are the rows; share [N, 1] what a row has
+    of its token's gradient, None for all of it.
+    """
+
+    activation: Callable[..., Tensor]
+    tokens: Tensor
+    owner: Tensor | None
+    share: Tensor | None
+    ends: Tensor
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        return (self.tokens if self.owner is None else self.owner).shape[0]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[1:]
+
+    def halves(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        gated = self.up.shape[1] != self.down.shape[2]
+        return hidden.chunk(2, -1) if gated else (hidden,)
+
+
+def _in_memory(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors of a CPU, with values that may be read: nothing is traced."""
+    return not torch.compiler.is_compiling() and all(
+        x is None
+        or (x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter))
+        for x in tensors
+    )
+
+
+def _row_blocks(ends: Tensor) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    """Rows of consecutive experts, and among these the rows of each expert that has any."""
+    start = 0
+    inside: list[tuple[int, slice]] = []
+    for expert, (first, end) in enumerate(_spans(ends)):
+        if first < end:
+            inside.append((expert, slice(first - start, end - start)))
+        last = expert == ends.shape[0] - 1
+        if inside and (last or end - start >= _BLOCK):
+            yield slice(start, end), inside
+            start, inside = end, []
+
+
+def _room(like: Tensor, ends: Tensor) -> Tensor:
+    """Memory for a parameter's gradient [E, ...], with zeros where an expert has no rows."""
+    out = like.new_empty(like.shape)
+    for matrix, (first, end) in zip(out, _spans(ends), strict=True):
+        if first == end:
+            matrix.zero_()
+    return out
+
+
+def _without_tail(rows: Tensor, ends: Tensor) -> Tensor:
+    """Rows [N, d], with zeros in place for those of no expert."""
+    rows[int(ends[-1]) :].zero_()
+    return rows
+
+
+def _multiply(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inside: list[tuple[int, slice]],
+    out: Tensor,
+) -> Tensor:
+    """Rows [B, d] of a block times their experts' weight [E, n, d], into out [B, n]."""
+    for expert, own in inside:
+        matrix = weight[expert].t()
+        if bias is None:
+            torch.mm(rows[own], matrix, out=out[own])
+        else:
+            torch.addmm(bias[expert], rows[own], matrix, out=out[own])
+    return out
+
+
+def _outer(
+    left: Tensor, right: Tensor, inside: list[tuple[int, slice]], out: Tensor | None
+) -> None:
+    """left [B, n] transposed times right [B, d] within each expert, into out [E, n, d] if given.
+
+    For a right side of one column, as sums by row have it, out is [E, n].
+    """
+    if out is None:
+        return
+    for expert, own in inside:
+        torch.mm(left[own].t(), right[own], out=out[expert].view(-1, right.shape[1]))
+
+
+def _take(tokens: Tensor, owner: Tensor | None, block: slice) -> Tensor:
+    return tokens[block] if owner is None else tokens.index_select(0, owner[block])
+
+
+def _first_product(
+    layer: _Layer, rows: Tensor, inside: list[tuple[int, slice]], out: Tensor | None
+) -> Tensor:
+    if out is None:
+        out = rows.new_empty(rows.shape[0], layer.up.shape[1])
+    return _multiply(rows, layer.up, layer.up_bias, inside, out)
+
+
+def _outputs_on_cpu(layer: _Layer, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """The output of every row [N, d], and the first product [N, 2n] if it is to be kept."""
+    tokens, ends = layer.tokens, layer.ends
+    out = tokens.new_empty(layer.num_rows, layer.down.shape[1])
+    kept = tokens.new_empty(layer.num_rows, layer.up.shape[1]) if keep else None
+    for block, inside in _row_blocks(ends):
+        rows = _take(tokens, layer.owner, block)
+        room = None if kept is None else kept[block]
+        wide = _first_product(layer, rows, inside, room)
+        active = layer.activation(*layer.halves(wide))
+        _multiply(active, layer.down, layer.down_bias, inside, out[block])
+    return _without_tail(out, ends), kept if kept is None else _without_tail(kept, ends)
+
+
+def _gradients_on_cpu(
+    layer: _Layer, hidden: Tensor | None, grad: Tensor, wanted: list[str]
+) -> dict[str, Tensor]:
+    """Gradients by name: of parameters, and row by row of tokens [N, d] and weights [N].
+
+    hidden [N, 2n] is the first product if it was kept, grad the gradient of tokens' outputs.
+    """
+    found = _rooms(layer, grad, wanted)
+    for block, inside in _row_blocks(layer.ends):
+        rows = _take(layer.tokens, layer.owner, block)
+        pulled = _take(grad, layer.owner, block)
+        wide = None if hidden is None else hidden[block]
+        if wide is None:
+            wide = _first_product(layer, rows, inside, None)
+        leaf = wide.detach().requires_grad_()
+        with torch.enable_grad():
+            active = layer.activation(*layer.halves(leaf))
+        back = _multiply(pulled, layer.down.mT, None, inside, torch.empty_like(active))
+        if "weights" in found:
+            found["weights"][block] = _dots(layer, back, active, pulled, inside)
+        part = pulled.new_ones(pulled.shape[0], 1)
+        scaled = active.detach()
+        if layer.share is not None:
+            part = layer.share[block]
+            back, scaled = back.mul_(part), scaled * part
+        _outer(pulled, scaled, inside, found.get("down"))
+        _outer(pulled, part, inside, found.get("down_bias"))
+        if found.keys() & {"up", "up_bias", "tokens"}:
+            if active.requires_grad:
+                (back,) = torch.autograd.grad(active, leaf, back)
+            else:  # a step, which has no slope
+                back = torch.zeros_like(wide)
+            _outer(back, rows, inside, found.get("up"))
+            _outer(back, back.new_ones(back.shape[0], 1), inside, found.get("up_bias"))
+        if "tokens" in found:
+            _multiply(back, layer.up.mT, None, inside, found["tokens"][block])
+    for name in found.keys() & {"tokens", "weights"}:
+        _without_tail(found[name], layer.ends)
+    return found
+
+
+def _rooms(layer: _Layer, grad: Tensor, wanted: list[str]) -> dict[str, Tensor]:
+    """Memory for the gradients that are wanted."""
+    found = {}
+    for name in wanted:
+        if name == "tokens":
+            found[name] = grad.new_empty(layer.num_rows, layer.up.shape[2])
+        elif name == "weights":
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            found[name] = grad.new_empty(layer.num_rows, dtype=wide)
+        else:
+            found[name] = _room(getattr(layer, name), layer.ends)
+    return found
+
+
+def _dots(
+    layer: _Layer,
+    back: Tensor,
+    active: Tensor,
+    pulled: Tensor,
+    inside: list[tuple[int, slice]],
+) -> Tensor:
+    """Of each row of a block, its output's product with the gradient of its token -> [B]."""
+    wide = torch.promote_types(back.dtype, torch.float32)
+    of_row = (back * active.detach()).sum(-1, dtype=wide)
+    if layer.down_bias is not None:
+        for expert, own in inside:
+            of_row[own] += (pulled[own] * layer.down_bias[expert]).sum(-1, dtype=wide)
+    return of_row
 
 
 def entropy(probability: Tensor) -> Tensor:

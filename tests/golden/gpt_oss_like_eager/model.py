@@ -22,11 +22,8 @@ from .ops import (
     at_most,
     balance_loss,
     choice_fractions,
-    combine,
+    clamped_swiglu,
     expert_load,
-    gather_rows,
-    grouped_bias,
-    grouped_linear,
     masked_mean,
     masked_sink_attention,
     mean_over_layers,
@@ -35,6 +32,7 @@ from .ops import (
     ring_positions,
     rope_frequencies,
     rotate_half,
+    routed_feed_forward,
     router_entropy,
     sink_attention,
     sort_by_expert,
@@ -196,21 +194,26 @@ class MoE(nn.Module):
         order, ends = sort_by_expert(experts, 8)
 
         # experts
-        rows = grouped_linear(gather_rows(tokens, order), self.gate_up, ends)
-        rows = grouped_bias(rows, self.gate_up_bias, ends)
-        gate, up = rows.chunk(2, -1)
-        gate = gate.clamp(max=7.0)
-        up = up.clamp(-7.0, 7.0)
-        hidden = (up + 1) * (gate * torch.sigmoid(gate * 1.702))
-        rows = grouped_linear(hidden, self.down, ends)
-        rows = grouped_bias(rows, self.down_bias, ends)
+        out = routed_feed_forward(
+            tokens,
+            order,
+            weights,
+            ends,
+            self.gate_up,
+            self.down,
+            self.gate_up_bias,
+            self.down_bias,
+            activation=clamped_swiglu,
+            limit=7.0,
+            alpha=1.702,
+        )
 
         # statistics
         probability = masked_mean(scores, valid)
         share = choice_fractions(load, 1)
         balance = balance_loss(share, probability)
         entropy = router_entropy(scores, valid)
-        out = combine(rows, order, weights).view_as(x)
+        out = out.view_as(x)
         routing = Routing(
             load=load,
             dropped=dropped,
@@ -232,15 +235,20 @@ class MoE(nn.Module):
         order, ends = sort_by_expert(experts, 8)
 
         # experts
-        rows = grouped_linear(gather_rows(tokens, order), self.gate_up, ends)
-        rows = grouped_bias(rows, self.gate_up_bias, ends)
-        gate, up = rows.chunk(2, -1)
-        gate = gate.clamp(max=7.0)
-        up = up.clamp(-7.0, 7.0)
-        hidden = (up + 1) * (gate * torch.sigmoid(gate * 1.702))
-        rows = grouped_linear(hidden, self.down, ends)
-        rows = grouped_bias(rows, self.down_bias, ends)
-        return combine(rows, order, weights).view_as(x)
+        out = routed_feed_forward(
+            tokens,
+            order,
+            weights,
+            ends,
+            self.gate_up,
+            self.down,
+            self.gate_up_bias,
+            self.down_bias,
+            activation=clamped_swiglu,
+            limit=7.0,
+            alpha=1.702,
+        )
+        return out.view_as(x)
 
 
 class SlidingMoEBlock(nn.Module):

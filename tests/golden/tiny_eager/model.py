@@ -23,19 +23,18 @@ from torch import Tensor, nn
 from .ops import (
     balance_loss,
     choice_fractions,
-    combine,
     expert_load,
-    gather_rows,
-    grouped_linear,
     masked_mean,
     move_bias,
     next_token_loss,
     real_tokens,
     rope_frequencies,
     rotate_half,
+    routed_feed_forward,
     router_entropy,
     sort_by_expert,
     sum_over_layers,
+    swiglu,
     top_k,
     write_cache,
     z_loss,
@@ -171,7 +170,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = F.linear(x, self.gate)
         up = F.linear(x, self.up)
-        hidden = F.silu(gate) * up
+        hidden = swiglu(gate, up)
         return F.linear(hidden, self.down)
 
 
@@ -241,7 +240,7 @@ class SharedExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = F.linear(x, self.gate)
         up = F.linear(x, self.up)
-        hidden = F.silu(gate) * up
+        hidden = swiglu(gate, up)
         return F.linear(hidden, self.down)
 
 
@@ -286,14 +285,13 @@ class MoE(nn.Module):
         order, ends = sort_by_expert(experts, 16)
 
         # experts
-        rows = grouped_linear(gather_rows(tokens, order), self.gate_up, ends)
-        gate, up = rows.chunk(2, -1)
-        hidden = F.silu(gate) * up
-        rows = grouped_linear(hidden, self.down, ends)
+        out = routed_feed_forward(
+            tokens, order, weights, ends, self.gate_up, self.down, activation=swiglu
+        )
 
         # combine
         shared: Tensor = self.shared(tokens)
-        out = combine(rows, order, weights) + shared
+        out = out + shared
 
         # statistics
         probability = masked_mean(scores, valid)
@@ -326,14 +324,13 @@ class MoE(nn.Module):
         order, ends = sort_by_expert(experts, 16)
 
         # experts
-        rows = grouped_linear(gather_rows(tokens, order), self.gate_up, ends)
-        gate, up = rows.chunk(2, -1)
-        hidden = F.silu(gate) * up
-        rows = grouped_linear(hidden, self.down, ends)
+        out = routed_feed_forward(
+            tokens, order, weights, ends, self.gate_up, self.down, activation=swiglu
+        )
 
         # combine
         shared: Tensor = self.shared(tokens)
-        out = combine(rows, order, weights) + shared
+        out = out + shared
         return out.view_as(x)
 
     def update_balance(self, load: Tensor) -> Tensor:
