@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from moegen_triton import tune
 from moegen_triton.kernels import chips, tiles
@@ -25,6 +27,7 @@ from moegen_triton.kernels.chips import CHIPS, chip_of, generation
 from moegen_triton.kernels.costs import permutes, row_tiles, seconds, touched, work_of
 from moegen_triton.kernels.measured import Measured, Row, bucket, read, text
 from moegen_triton.kernels.tiles import choose, choose_for, pinned, predict
+from moegen_triton.launches import LAUNCHES
 
 BF16, CUDA = torch.bfloat16, torch.device("cuda", 0)
 H100 = CHIPS[90]
@@ -341,6 +344,38 @@ def test_without_a_gpu_nothing_is_measured_or_written(tmp_path: Path) -> None:
     with pytest.raises(tune.NoGpuError, match="torch sees none here"):
         tune.tune([tune.Layer()], tmp_path / "tiles.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_fastest_tiles_and_their_variations_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the clock: deep pipelines and no TMA for weights are fastest."""
+
+    def clock(launch: Any, kernel: str, tile: Tile, flush: Any) -> float:
+        if kernel == "hidden_gradient":
+            return math.inf  # as if nothing compiled
+        return 1e-3 / tile.m - 1e-7 * tile.stages + 1e-7 * tile.weights_tma
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune, "chip_of", lambda device: H100)
+    monkeypatch.setattr(tune, "_larger_than_caches", lambda chip, device: None)
+    monkeypatch.setattr(tune, "_time", clock)
+    ways = {kernel: dict.fromkeys(made, lambda x: None) for kernel, made in LAUNCHES.items()}
+    monkeypatch.setattr(tune, "LAUNCHES", ways)
+    layers = [tune.Layer(512, 4, 16, 256, 128), tune.Layer(64, 4, 16, 256, 128)]
+    bar = Progress(console=Console(quiet=True))
+    table = tune.tune(layers, tmp_path / "tiles.json", bar)
+    assert table == read(tmp_path / "tiles.json")
+    assert bar.finished
+    found = {(row.kernel, row.rows, row.d, row.n) for row in table.rows}
+    assert len(found) == len(table.rows) == 10
+    assert {name for name, *_ in found} == set(KERNELS) - {"hidden_gradient"}
+    assert ("input_gradient", 2048, 256, 256) in found  # whose sum is over gate and up
+    assert {row[2:] for row in found if row[0] == "weight_gradient"} == {(256, 128), (256, 256)}
+    assert all(row.tile.m == 128 and row.predicted > 0 for row in table.rows)
+    best = {row.kernel: row.tile for row in table.rows}
+    assert not best["down"].weights_tma  # found among variations
 
 
 def test_new_measurements_replace_those_of_the_same_sizes_alone(tmp_path: Path) -> None:

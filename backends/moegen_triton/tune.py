@@ -30,6 +30,8 @@ TIMED: dict[str, tuple[tuple[str, Callable[[Layer], tuple[int, int]]], ...]] = {
         ("right", lambda x: (x.width, x.d)),
     ),
 }
+#: How often the fastest tile so far is varied.
+ROUNDS = 2
 #: Runs that are timed, after as many that are not.
 RUNS = 20
 
@@ -104,14 +106,18 @@ def variations(tile: Tile) -> Iterator[Tile]:
 def _fastest(
     layer: Layer, kernel: str, variant: str, sizes: tuple[int, int], chip: Chip
 ) -> Row | None:
-    """Measure the table's tiles, then variations of the fastest; None if none runs."""
+    """Measure the table's tiles, and variations of the fastest; None if none runs."""
     launch = LAUNCHES[kernel][variant](layer)
-    flush = torch.empty(2 * chip.cache, dtype=torch.int8, device=layer.device)
+    flush = _larger_than_caches(chip, layer.device)
     offered = candidates(chip, kernel, *sizes, layer.dtype)
     times = {tile: _time(launch, kernel, tile, flush) for tile in offered}
     best = min(times, key=lambda tile: times[tile])
-    times |= {tile: _time(launch, kernel, tile, flush) for tile in variations(best)}
-    best = min(times, key=lambda tile: times[tile])
+    for _ in range(ROUNDS):
+        new = [tile for tile in variations(best) if tile not in times]
+        times |= {tile: _time(launch, kernel, tile, flush) for tile in new}
+        before, best = best, min(times, key=lambda tile: times[tile])
+        if best == before:
+            break
     if math.isinf(times[best]):
         return None
     dtype = str(layer.dtype).removeprefix("torch.")
@@ -122,6 +128,10 @@ def _fastest(
     predicted = seconds(kernel, best, work, layer.dtype.itemsize, chip)
     shape = (layer.rows, layer.experts, *sizes)
     return Row(kernel, dtype, *shape, best, 1e6 * times[best], 1e6 * predicted)
+
+
+def _larger_than_caches(chip: Chip, device: str) -> torch.Tensor:
+    return torch.empty(2 * chip.cache, dtype=torch.int8, device=device)
 
 
 def _time(launch: Launch, kernel: str, tile: Tile, flush: torch.Tensor) -> float:
