@@ -12,6 +12,7 @@ from tiny_specs import SPECS, moe, spec
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
+from torch.utils.checkpoint import checkpoint
 
 from moegen.graph.execute import tensors
 
@@ -121,3 +122,19 @@ def test_inductor_gives_the_numbers_of_eager_code() -> None:
         theirs = outcome(model, token_ids(), torch.compile(model, fullgraph=True))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_layer_may_stand_inside_a_checkpoint() -> None:
+    """Hooks of a checkpoint are on while its layer is traced."""
+    layer = made("plain-moe").layers[0].moe
+    x, valid = torch.randn(2, 12, 32, requires_grad=True), torch.ones(24, dtype=torch.bool)
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, valid)[0]  # type: ignore[no-any-return]
+
+    found = []
+    for one in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        x.grad = None
+        checkpoint(one, x, use_reentrant=False).sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)

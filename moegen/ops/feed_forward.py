@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moegen.ops.activations import _pull
 from moegen.ops.experts import (
     _grouped_linear,
     _grouped_outer,
@@ -110,9 +111,8 @@ def _gradients(
     if hidden is None:
         hidden = _project(rows, up, up_bias, ends)
     found: dict[str, Tensor] = {}
-    active, pull = torch.func.vjp(  # type: ignore[misc]
-        lambda x: layer.activation(*layer.halves(x)), hidden
-    )
+    assert isinstance(layer.activation, partial)
+    active, pull = _pull(layer.activation, layer.halves(hidden))
     back = _grouped_linear(grad, down.transpose(1, 2), ends)
     ones = grad.new_ones(grad.shape[0], 1)
     if "weights" in wanted:
@@ -129,7 +129,8 @@ def _gradients(
     if "down_bias" in wanted:
         part = ones if share is None else share
         found["down_bias"] = _grouped_outer(grad, part, ends).squeeze(-1)
-    (back,) = pull(back)
+    halves = pull(back)
+    back = halves[0] if len(halves) == 1 else torch.cat(halves, -1)
     if "up" in wanted:
         found["up"] = _grouped_outer(back, rows, ends)
     if "up_bias" in wanted:
