@@ -32,7 +32,7 @@ format: $(READY) ## Let ruff format and repair
 
 bench: $(READY) ## Measure compile times, and a routed layer against transformers
 	$(PYTHON) benchmarks/compile_times.py
-	$(PYTHON) benchmarks/moe_layer_cpu.py
+	$(PYTHON) -m benchmarks.moe_layer --cpu --aims
 
 policies: $(READY) ## Train every routing policy on real text, 10 to 20 minutes
 	$(PYTHON) -m benchmarks.policies
