@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .device import check_formats
+from .device import capability, check_formats
 from .library import define
 from .router_gradient import fake_gradients, gradients
 from .router_kernels import decide_kernel, product_kernel, route_kernel
@@ -31,16 +31,22 @@ class Blocks(NamedTuple):
     parts: int
 
 
-def _blocks(num_tokens: int, num_experts: int, width: int) -> Blocks:
-    """Few tokens are spread over blocks of experts and parts of the width."""
+def _blocks(num_tokens: int, num_experts: int, x: Tensor) -> Blocks:
+    """Blocks for tokens x: few of them are spread over experts and parts of the width.
+
+    Chosen such that nothing spills: float32 is multiplied without tensor cores, in registers.
+    """
     most = max(16, int(triton.next_power_of_2(num_experts)))
-    if most <= TOGETHER and num_tokens >= 64 * PROGRAMS // 2:
+    many = num_tokens >= 64 * PROGRAMS // 2
+    if most <= TOGETHER and many:
         return Blocks(64, most, 32, 8 if most > 64 else 4, 0)
-    tokens = min(64, max(16, int(triton.next_power_of_2(num_tokens))))
-    experts = min(most, 64 if tokens == 64 else 32)
+    wide = x.dtype == torch.bfloat16 and capability(x.device) < (12, 0)
+    tokens = 16 if num_tokens <= 16 else 64
+    experts = 128 if many and wide else min(most, 32)
     programs = triton.cdiv(num_tokens, tokens) * triton.cdiv(num_experts, experts)
-    parts = max(1, min(PROGRAMS // programs, width // 64))
-    return Blocks(tokens, experts, 32, 4, parts)
+    parts = max(1, min(PROGRAMS // programs, x.shape[1] // 64))
+    columns = 16 if x.dtype == torch.float32 else 32
+    return Blocks(tokens, experts, columns, 8 if experts == 128 else 4, parts)
 
 
 def _route(
@@ -59,68 +65,74 @@ def _route(
     check_formats(tokens, router, bias)
     settings = (k, affinity, normalize, eps, scale, wants_logits, wants_scores)
     out = _route_fake(tokens, router, bias, balance_bias, *settings)
-    num_tokens, num_experts = tokens.shape[0], router.shape[0]
-    if num_tokens == 0:
+    if tokens.shape[0] == 0:
         return out
-    if balance_bias is not None:
-        balance_bias = balance_bias.float().contiguous()
-    bias = None if bias is None else bias.contiguous()
+    tokens, router = _dense(tokens), _dense(router)
+    biases = (
+        None if bias is None else bias.contiguous(),
+        None if balance_bias is None else balance_bias.float().contiguous(),
+    )
     written = (*(x if x.numel() else None for x in out[:2]), *out[2:])
-    blocks = _blocks(num_tokens, num_experts, tokens.shape[1])
     choice = {
         "K": k,
         "SLOTS": max(2, triton.next_power_of_2(k)),
         "AFFINITY": affinity,
         "NORMALIZE": normalize,
     }
-    product = {
-        "PRECISION": PRECISION,
-        "TOKENS": blocks.tokens,
-        "EXPERTS": blocks.experts,
-        "WIDTH": blocks.width,
-        "num_warps": blocks.warps,
-    }
-    tokens, router = _dense(tokens), _dense(router)
-    strides = (tokens.stride(0), router.stride(0))
-    sizes = (num_tokens, num_experts)
-    if not blocks.parts:
-        route_kernel[(triton.cdiv(num_tokens, blocks.tokens),)](
-            tokens,
-            router,
-            bias,
-            balance_bias,
-            *written,
-            *sizes,
-            tokens.shape[1],
-            *strides,
-            eps,
-            scale,
-            **choice,
-            **product,
-        )
-        return out
-    parts = _product(tokens, router, blocks, product)
-    most = max(16, int(triton.next_power_of_2(num_experts)))
-    block = max(1, 2048 // most)
-    decide_kernel[(triton.cdiv(num_tokens, block),)](
-        parts,
-        bias,
-        balance_bias,
-        *written,
-        parts.shape[0],
-        *sizes,
-        eps,
-        scale,
-        **choice,
-        TOKENS=block,
-        EXPERTS=most,
-    )
+    blocks = _blocks(tokens.shape[0], router.shape[0], tokens)
+    launch = _spread if blocks.parts else _together
+    launch(tokens, router, (*biases, *written), (eps, scale), choice, blocks)
     return out
 
 
-def _product(
-    tokens: Tensor, router: Tensor, blocks: Blocks, settings: dict[str, Any]
-) -> Tensor:
+def _together(
+    tokens: Tensor,
+    router: Tensor,
+    addresses: tuple[Tensor | None, ...],
+    numbers: tuple[float, float],
+    choice: dict[str, Any],
+    blocks: Blocks,
+) -> None:
+    """All in one kernel."""
+    sizes = (tokens.shape[0], router.shape[0], tokens.shape[1])
+    route_kernel[(triton.cdiv(tokens.shape[0], blocks.tokens),)](
+        tokens,
+        router,
+        *addresses,
+        *sizes,
+        tokens.stride(0),
+        router.stride(0),
+        *numbers,
+        **choice,
+        PRECISION=PRECISION,
+        TOKENS=blocks.tokens,
+        EXPERTS=blocks.experts,
+        WIDTH=blocks.width,
+        num_warps=blocks.warps,
+    )
+
+
+def _spread(
+    tokens: Tensor,
+    router: Tensor,
+    addresses: tuple[Tensor | None, ...],
+    numbers: tuple[float, float],
+    choice: dict[str, Any],
+    blocks: Blocks,
+) -> None:
+    """The product in parts, then their sums and the choice."""
+    num_tokens, num_experts = tokens.shape[0], router.shape[0]
+    parts = _product(tokens, router, blocks)
+    most = max(16, int(triton.next_power_of_2(num_experts)))
+    block = max(1, 1024 // most)
+    sizes = (parts.shape[0], num_tokens, num_experts)
+    blocked = {"TOKENS": block, "EXPERTS": most}
+    decide_kernel[(triton.cdiv(num_tokens, block),)](
+        parts, *addresses, *sizes, *numbers, **choice, **blocked
+    )
+
+
+def _product(tokens: Tensor, router: Tensor, blocks: Blocks) -> Tensor:
     """Logits in parts that are still to be summed -> [P, T, E]."""
     (num_tokens, width), num_experts = tokens.shape, router.shape[0]
     share = triton.cdiv(triton.cdiv(width, blocks.parts), blocks.width) * blocks.width
@@ -142,7 +154,13 @@ def _product(
         share,
         tokens.stride(0),
         router.stride(0),
-        **settings,
+        PRECISION=PRECISION,
+        TOKENS=blocks.tokens,
+        EXPERTS=blocks.experts,
+        WIDTH=blocks.width,
+        num_warps=blocks.warps,
+        # Without a limit the assembler spills a little, to fit one more program.
+        maxnreg=128 if tokens.dtype != torch.float32 and blocks.warps == 4 else None,
     )
     return parts
 

@@ -223,8 +223,9 @@ def _of_tokens(grad: Tensor, router: Tensor, tokens: Tensor) -> Tensor:
     out = tokens.new_empty(num_tokens, width)
     grid = (triton.cdiv(num_tokens, 64), triton.cdiv(width, 64))
     sizes = (num_tokens, num_experts, width, router.stride(0), PRECISION)
-    blocks = {"TOKENS": 64, "WIDTH": 64, "EXPERTS": 32}
-    _tokens_gradient_kernel[grid](grad, router, out, *sizes, **blocks)
+    blocks = {"TOKENS": 64, "WIDTH": 64, "EXPERTS": 16}
+    # Without a limit the assembler spills a little, to fit one more program.
+    _tokens_gradient_kernel[grid](grad, router, out, *sizes, **blocks, maxnreg=168)
     return out
 
 
@@ -241,6 +242,7 @@ def _of_router(grad: Tensor, router: Tensor, tokens: Tensor) -> Tensor:
     grid = (triton.cdiv(width, 64), triton.cdiv(num_experts, block), parts)
     sizes = (num_tokens, num_experts, width, share, tokens.stride(0), PRECISION)
     blocks = {"WIDTH": 64, "EXPERTS": block, "TOKENS": 32}
+    blocks["num_warps"] = 8 if block > 32 else 4
     _router_gradient_kernel[grid](grad, tokens, out, *sizes, **blocks)
     return (out[0] if parts == 1 else out.sum(0)).to(router.dtype)
 
