@@ -1,4 +1,4 @@
-"""Activations as ops: values by formula, gradients by hand against autograd's, in kernels and out."""
+"""Activations as ops: gradients by hand are autograd's, and kernels know every one of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moegen_triton.fusions import ACTIVATIONS
-from moegen_triton.kernels.activations import GATED, kernel_name
 from torch import Tensor
 
 from moegen.arch.activation import Activation
 from moegen.ops import activations as act
 from moegen.ops.activations import _GRADIENTS, _pull
+from moegen_triton.fusions import ACTIVATIONS
+from moegen_triton.kernels.activations import GATED, kernel_name
 
 CASES: dict[str, tuple[Callable[..., Any], int, dict[str, Any]]] = {
     "swiglu": (act.swiglu, 2, {}),

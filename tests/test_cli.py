@@ -78,6 +78,8 @@ def test_json_is_exact_and_has_these_keys() -> None:
         "cache",
         "training_memory",
         "inference_memory",
+        "eager_training_memory",
+        "eager_inference_memory",
         "gpu",
         "warnings",
     ]
@@ -135,6 +137,7 @@ def test_workload_options_reach_the_estimate() -> None:
         "sequence": 64,
         "optimizer": "sgd",
         "checkpointing": True,
+        "backend": "eager",
     }
     assert "more than its max_sequence" in run("estimate", TINY, "--sequence", "512").stdout
 

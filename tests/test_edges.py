@@ -625,10 +625,10 @@ def test_jitter_alone_moves_the_router_and_not_the_experts(monkeypatch: pytest.M
         "jittered", {"moe": moe(router={"select": 8, "noise": {"kind": "jitter", "eps": 0.3}})}
     )
     jitters = spied(monkeypatch, source, "jitter")
-    gathered = spied(monkeypatch, source, "gather_rows")
+    experts = spied(monkeypatch, source, "routed_feed_forward")
     made(source).train()(token_ids())
-    (args, seen), (rows, _) = jitters.calls[0], gathered.calls[0]
-    assert rows[0] is args[0]
+    (args, seen), (given, _) = jitters.calls[0], experts.calls[0]
+    assert given[0] is args[0]
     factor = seen / args[0]
     assert not torch.equal(seen, args[0])
     assert factor.min() >= 0.7 - 1e-5

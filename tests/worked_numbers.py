@@ -5,8 +5,11 @@ A test of a case checks every value that the case expects; what it cannot is nam
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +22,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import moegen
+from moegen.api import import_package, load
+from moegen.backend import backend
+from moegen.emit.package import package
+from moegen.emit.write import write
+from moegen.planner import Workload, lower
+from moegen.spec.names import identifier
 
 _DATA = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
 CASES: dict[str, dict[str, Any]] = {case["id"]: case for case in _DATA["cases"]}
@@ -145,14 +153,22 @@ def decoder(moe: dict[str, Any] | None, width: int, **model: Any) -> dict[str, A
     return {"name": "worked", "model": whole, "precision": precision, **rest}
 
 
-def emitted(spec: dict[str, Any]) -> ModuleType:
-    """The emitted package of a spec, made once in a process."""
-    return _emitted(json.dumps(spec))
+def emitted(spec: dict[str, Any], *, fused: bool = False) -> ModuleType:
+    """The emitted package of a spec, made once in a process; without fusions, so that its inside
+    can be watched, unless asked for.
+    """
+    return _emitted(json.dumps(spec), fused)
 
 
 @cache
-def _emitted(text: str) -> ModuleType:
-    return moegen.module(moegen.plan(json.loads(text), batch=1, sequence=8))
+def _emitted(text: str, fused: bool) -> ModuleType:
+    eager = backend("eager")
+    plan = lower(load(json.loads(text)), Workload(1, 8), eager.fusions if fused else ())
+    place = tempfile.mkdtemp(prefix="worked-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    folder = Path(place) / identifier(plan.spec.name)
+    write(package(plan, eager), folder, force=False)
+    return import_package(folder)
 
 
 @contextmanager
@@ -183,11 +199,17 @@ def _ops(package: ModuleType) -> str:
     return f"{package.__name__}.ops"
 
 
+# Ops that draw, each time anew.
+RANDOM = ("gaussian_noise", "uniform_noise", "gumbel_noise", "jitter", "sparing", "skip_choices")
+RANDOM += ("sample_second",)
+
+
 class Layer:
     """The class of a mixture in an emitted package, whose parameters the case gives."""
 
     def __init__(self, moe: dict[str, Any], width: int, **model: Any) -> None:
-        self.package = emitted(decoder(moe, width, **model))
+        spec = decoder(moe, width, **model)
+        self.package, self.spec = emitted(spec), spec
         self.ops: ModuleType = self.package.ops
         self.net: Any = self.package.model.MoE()
         self.calls: dict[str, list[Call]] = {}
@@ -211,7 +233,18 @@ class Layer:
             valid = torch.ones(x.shape[0] * x.shape[1], dtype=torch.bool)
         with watched(self.package) as self.calls:
             out, self.routing = self.net(x, valid, **ids)
+        if not torch._C._len_torch_function_stack():  # nothing is drawn in its place
+            self._holds_fused(out, x, valid, ids)
         return out.flatten(0, 1)  # type: ignore[no-any-return]
+
+    def _holds_fused(self, out: Tensor, x: Tensor, valid: Tensor, ids: dict[str, Tensor]) -> None:
+        """The package as it is built, with fusions, gives the same output."""
+        if any(name in vars(self.package.model) for name in RANDOM):
+            return
+        twin = emitted(self.spec, fused=True).model.MoE()
+        twin.load_state_dict(self.net.state_dict())
+        twin.train(self.net.training)
+        torch.testing.assert_close(twin(x, valid, **ids)[0], out, rtol=1e-9, atol=1e-9)
 
     def result(self, op: str, index: int = -1) -> Any:
         """What a call of an op gave in the last run."""

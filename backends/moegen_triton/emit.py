@@ -17,6 +17,7 @@ KERNELS = {
     "gather_rows": "combine",
     "combine": "combine",
     "sort_by_expert": "dispatch",
+    "expert_load": "dispatch",
     "route": "router",
     "swiglu": "dense",
     "geglu": "dense",

@@ -65,9 +65,9 @@ def _tanh_share(x):
 
 @triton.jit
 def _gelu_tanh_derivative(x):
-    share = _tanh_share(x)
+    share, rest = _tanh_share(x), _tanh_share(-x)  # 1 - share would lose digits
     slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
-    return share + x * share * (1 - share) * slope
+    return share + x * share * rest * slope
 
 
 @triton.jit
