@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from tiny_models import BATCH, LENGTH, token_ids
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,25 +16,15 @@ from moegen.passes.cost import Summary
 from moegen.planner import Plan
 
 
-@contextmanager
-def counter(model: Any = None) -> Iterator[FlopCounterMode]:
-    """Counts what a model computes, experts by grouped products as on a GPU.
-
-    On a CPU they go expert by expert, and leave out rows of no expert.
-    """
-    ops = sys.modules.get(type(model).__module__.rpartition(".")[0] + ".ops")
-    with pytest.MonkeyPatch.context() as patch:
-        if hasattr(ops, "_in_memory"):
-            patch.setattr(ops, "_in_memory", lambda *tensors: False)
-        with FlopCounterMode(display=False, custom_mapping=custom_mapping()) as counting:
-            yield counting
+def counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=custom_mapping())
 
 
 def forward_and_backward(model: Any) -> tuple[int, int]:
     """What torch counts in a forward and a backward pass from the logits."""
-    with counter(model) as forward:
+    with counter() as forward:
         out = model(token_ids())
-    with counter(model) as backward:
+    with counter() as backward:
         out.logits.float().square().mean().backward()
     return int(forward.get_total_flops()), int(backward.get_total_flops())
 

@@ -31,7 +31,7 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
 def test_decoding_flops_are_those_that_torch_counts(name: str) -> None:
     model = made(name).eval()
     cache = model.new_cache(BATCH, LENGTH)
-    with counter(model) as step, torch.no_grad():
+    with counter() as step, torch.no_grad():
         model.step(token_ids(length=1), torch.tensor(0), cache)
     assert sum(planned(name).costs["step"].flops.values()) == step.get_total_flops()
 

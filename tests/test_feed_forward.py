@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from moegen.emit.sources import ops_module
 from moegen.ops import activations as act
-from moegen.ops import feed_forward
 from moegen.ops.feed_forward import grouped_feed_forward, routed_feed_forward
 from moegen.ops.op import OPS
 from moegen.ops.routing import sort_by_expert
@@ -206,10 +205,7 @@ def test_weights_may_be_wider_than_tokens() -> None:
         assert (actual[name] - e).abs().max() <= 0.03 * e.abs().max(), name
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["at once", "as traced"])
-def test_gradients_match_finite_differences(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if traced:
-        by_grouped_products(monkeypatch)
+def test_gradients_match_finite_differences() -> None:
     inputs = arguments(4, 3, 2, dtype=torch.float64)
     experts = torch.tensor([[0, 4, 5], [0, 1, 4], [5, 5, 5], [1, 0, 4]])
 
@@ -219,26 +215,6 @@ def test_gradients_match_finite_differences(traced: bool, monkeypatch: pytest.Mo
     for recompute in (False, True):
         layer = partial(run, activation=act.swiglu, recompute=recompute)
         assert torch.autograd.gradcheck(layer, tuple(inputs.values()))
-
-
-def by_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of graphs and of GPUs, here."""
-    monkeypatch.setattr(feed_forward, "_in_memory", lambda *_: False)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_both_paths_agree(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    activation, settings = ACTIVATIONS[name]
-    inputs = arguments(30, 15, 8, gated=name not in PLAIN, dtype=dtype)
-    experts, options = ROUTINGS["some refused"](30), {"activation": activation, **settings}
-    here = with_gradients(lambda: routed(inputs, experts, **options), inputs)
-    by_grouped_products(monkeypatch)
-    there = with_gradients(lambda: routed(inputs, experts, **options), inputs)
-    near = 32 * torch.finfo(dtype).eps
-    for key, x in here.items():
-        scale = max(float(x.abs().max()), 1.0)
-        torch.testing.assert_close(x, there[key], rtol=near, atol=near * scale)
 
 
 def test_a_step_has_no_slope() -> None:
@@ -253,13 +229,8 @@ def test_a_step_has_no_slope() -> None:
 # What must not leak, and what must not differ
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["at once", "as traced"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_of_no_expert_are_ignored_whatever_they_hold(
-    dtype: torch.dtype, traced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if traced:
-        by_grouped_products(monkeypatch)
+def test_rows_of_no_expert_are_ignored_whatever_they_hold(dtype: torch.dtype) -> None:
     inputs = arguments(8, 16, 8, dtype=dtype)
     del inputs["weights"]
     rows = inputs.pop("tokens").detach()
@@ -277,12 +248,7 @@ def test_rows_of_no_expert_are_ignored_whatever_they_hold(
         assert not found[name][[1, 3, 4]].any()
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["at once", "as traced"])
-def test_a_bad_token_spoils_itself_and_its_experts_alone(
-    traced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if traced:
-        by_grouped_products(monkeypatch)
+def test_a_bad_token_spoils_itself_and_its_experts_alone() -> None:
     inputs = arguments(20, 16, 8)
     tokens = inputs["tokens"].detach()
     tokens[3] = torch.nan
@@ -406,14 +372,9 @@ def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
     assert torch.equal(out, routed(inputs, experts, activation=act.swiglu))
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["at once", "as traced"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_torch_counts_the_flops_that_are_declared(
-    bias: bool, recompute: bool, traced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if traced:
-        by_grouped_products(monkeypatch)
+def test_torch_counts_the_flops_that_are_declared(bias: bool, recompute: bool) -> None:
     inputs, op = arguments(24, 16, 8, bias=bias), OPS["routed_feed_forward"]
     order, ends = sort_by_expert(ROUTINGS["an expert idle"](24), EXPERTS)
     given = {"order": order, "ends": ends, **inputs}

@@ -30,9 +30,9 @@ def test_saved_bytes_are_what_autograd_keeps(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     model: Any = made(ROUTED[name]).train()
-    with counter(model) as forward:
+    with counter() as forward:
         out = model(token_ids(), **given(name))
-    with counter(model) as backward:
+    with counter() as backward:
         (out.logits.float().square().mean() + sum(out.losses.values())).backward()
     counts = forward.get_total_flops(), backward.get_total_flops()
     wanted = expected(planned(ROUTED[name]))
@@ -48,6 +48,6 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
 def test_decoding_flops_are_those_that_torch_counts(name: str) -> None:
     model: Any = made(ROUTED[name]).eval()
     cache = model.new_cache(BATCH, LENGTH)
-    with counter(model) as step, torch.no_grad():
+    with counter() as step, torch.no_grad():
         model.step(token_ids(length=1), torch.tensor(0), cache, **given(name))
     assert declared(planned(ROUTED[name]).costs["step"])[0] == step.get_total_flops()

@@ -5,7 +5,7 @@ Rows are those of experts.py: row i is flattened choice order[i], grouped by exp
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,30 @@ from moegen.ops.experts import (
     _starts,
     _sum_entries,
 )
-from moegen.ops.feed_forward_cpu import (
-    _gradients_on_cpu,
-    _in_memory,
-    _Layer,
-    _outputs_on_cpu,
-)
 from moegen.ops.feed_forward_work import grouped_work, routed_work
 from moegen.ops.op import op
+
+
+class _Layer(NamedTuple):
+    """Experts and what they work on: the activation takes two halves if up has rows for both.
+
+    owner [N] is the token of each row, None where tokens are the rows; share [N, 1] what a row has
+    of its token's gradient, None for all of it.
+    """
+
+    activation: partial[Tensor]
+    tokens: Tensor
+    owner: Tensor | None
+    share: Tensor | None
+    ends: Tensor
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def halves(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        gated = self.up.shape[1] != self.down.shape[2]
+        return hidden.chunk(2, -1) if gated else (hidden,)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -39,7 +55,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        activation: Callable[..., Tensor],
+        activation: partial[Tensor],
         keep: bool,
         tokens: Tensor,
         order: Tensor | None,
@@ -49,8 +65,7 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         owner = None if order is None else _owners(tokens, order)
         layer = _Layer(activation, tokens, owner, None, ends, *parameters)  # type: ignore[arg-type]
-        run = _outputs_on_cpu if _in_memory(*layer.tensors()) else _outputs
-        out, hidden = run(layer, keep)
+        out, hidden = _outputs(layer, keep)
         ctx.activation = activation
         ctx.save_for_backward(tokens, order, weights, ends, hidden, *parameters)
         if order is None or weights is None:
@@ -73,12 +88,7 @@ class _FeedForward(torch.autograd.Function):
         needs = zip(_INPUTS, ctx.needs_input_grad[2:], strict=True)
         wanted = [name for name, needed in needs if needed]
         grad = grad.contiguous()
-        run = (
-            _gradients_on_cpu
-            if _in_memory(grad, hidden, *layer.tensors())
-            else _gradients
-        )
-        found = run(layer, hidden, grad, wanted)
+        found = _gradients(layer, hidden, grad, wanted)
         if "tokens" in found:
             found["tokens"] = _sum_tokens(found["tokens"], order, tokens.shape[0])
         if "weights" in found:
@@ -93,7 +103,7 @@ _INPUTS = (
 
 
 def _outputs(layer: _Layer, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """As _outputs_on_cpu, by grouped products."""
+    """The output of every row [N, d], and the first product [N, 2n] if it is to be kept."""
     rows = _rows(layer.tokens, layer.owner)
     hidden = _project(rows, layer.up, layer.up_bias, layer.ends)
     active = layer.activation(*layer.halves(hidden))
@@ -104,14 +114,16 @@ def _outputs(layer: _Layer, keep: bool) -> tuple[Tensor, Tensor | None]:
 def _gradients(
     layer: _Layer, hidden: Tensor | None, grad: Tensor, wanted: list[str]
 ) -> dict[str, Tensor]:
-    """As _gradients_on_cpu, by grouped products."""
+    """Gradients by name: of parameters, and row by row of tokens [N, d] and weights [N].
+
+    hidden [N, 2n] is the first product if it was kept, grad the gradient of tokens' outputs.
+    """
     tokens, owner, share, ends = layer.tokens, layer.owner, layer.share, layer.ends
     up, down, up_bias, down_bias = layer.up, layer.down, layer.up_bias, layer.down_bias
     rows, grad = _rows(tokens, owner), _rows(grad, owner)
     if hidden is None:
         hidden = _project(rows, up, up_bias, ends)
     found: dict[str, Tensor] = {}
-    assert isinstance(layer.activation, partial)
     active, pull = _pull(layer.activation, layer.halves(hidden))
     back = _grouped_linear(grad, down.transpose(1, 2), ends)
     ones = grad.new_ones(grad.shape[0], 1)
@@ -181,7 +193,7 @@ def _run(
     weights: Tensor | None,
     ends: Tensor,
     parameters: tuple[Tensor | None, ...],
-    activation: Callable[..., Tensor],
+    activation: partial[Tensor],
     recompute: bool,
 ) -> Tensor:
     """In the format of the parameters, or of autocast."""

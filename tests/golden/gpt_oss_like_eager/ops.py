@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,12 +10,118 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Gradient = Callable[..., tuple[Tensor, ...]]
+
+
+# Gradients of an activation's inputs, from that of its result and the inputs. Backward passes that
+# compilers trace take these, since torch.func.vjp does not go with hooks of checkpoints.
+_GRADIENTS: dict[Any, Gradient] = {
+    F.relu: lambda grad, x: (grad.masked_fill(x <= 0, 0),),
+    F.silu: lambda grad, x: (torch.ops.aten.silu_backward(grad, x),),
+    F.gelu: lambda grad, x, **form: (torch.ops.aten.gelu_backward(grad, x, **form),),
+}
+
+
+def _gradient_of(activation: Callable[..., Tensor]) -> Callable[[Gradient], Gradient]:
+    """Note the gradient of an activation."""
+
+    def note(gradient: Gradient) -> Gradient:
+        _GRADIENTS[activation] = gradient
+        return gradient
+
+    return note
+
+
+def _pull(
+    activation: partial[Tensor], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """An activation of inputs, and what makes gradients of these of that of the result."""
+    known = _GRADIENTS.get(activation.func)
+    if known is None:
+        return torch.func.vjp(activation, *inputs)  # type: ignore[return-value]
+    settings = activation.keywords
+    return activation(*inputs), lambda grad: known(grad, *inputs, **settings)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of any one shape (Shazeer 2020, arXiv:2002.05202)."""
+    return F.silu(gate) * up
+
+
+@_gradient_of(swiglu)
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate) * up; approximate: none or tanh (Shazeer 2020)."""
+    return F.gelu(gate, approximate=approximate) * up
+
+
+@_gradient_of(geglu)
+def _(
+    grad: Tensor, gate: Tensor, up: Tensor, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    slope = torch.ops.aten.gelu_backward(grad * up, gate, approximate=approximate)
+    return slope, grad * F.gelu(gate, approximate=approximate)
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate) * up (Shazeer 2020)."""
+    return F.relu(gate) * up
+
+
+@_gradient_of(reglu)
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return (grad * up).masked_fill(gate <= 0, 0), grad * F.relu(gate)
+
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
     """(clip(up, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(gate, limit) (gpt-oss)."""
     gate = gate.clamp(max=limit)
     up = up.clamp(-limit, limit)
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+@_gradient_of(clamped_swiglu)
+def _(
+    grad: Tensor, gate: Tensor, up: Tensor, limit: float, alpha: float
+) -> tuple[Tensor, Tensor]:
+    low, inside = gate.clamp(max=limit), up.clamp(-limit, limit)
+    share = torch.sigmoid(low * alpha)
+    slope = share * (1 + alpha * low * (1 - share))
+    of_gate = (grad * (inside + 1) * slope).masked_fill(gate > limit, 0)
+    return of_gate, (grad * (low * share)).masked_fill(up.abs() > limit, 0)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al. 2021, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+@_gradient_of(relu2)
+def _(grad: Tensor, x: Tensor) -> tuple[Tensor]:
+    return (grad * (2 * F.relu(x)),)
+
+
+def cubic(x: Tensor) -> Tensor:
+    """x^3 (Chen et al. 2022, arXiv:2208.02813)."""
+    return x**3
+
+
+@_gradient_of(cubic)
+def _(grad: Tensor, x: Tensor) -> tuple[Tensor]:
+    return (grad * (3 * x**2),)
+
+
+def identity(x: Tensor) -> Tensor:
+    """x itself: linear experts, as those of hierarchical mixtures."""
+    return x
+
+
+@_gradient_of(identity)
+def _(grad: Tensor, x: Tensor) -> tuple[Tensor]:
+    return (grad,)
 
 
 def at_most(length: int, most: int) -> int:
@@ -260,6 +366,28 @@ _grouped_outer = _define(
 )
 
 
+class _Layer(NamedTuple):
+    """Experts and what they work on: the activation takes two halves if up has rows for both.
+
+    owner [N] is the token of each row, None where tokens are the rows; share [N, 1] what a row has
+    of its token's gradient, None for all of it.
+    """
+
+    activation: partial[Tensor]
+    tokens: Tensor
+    owner: Tensor | None
+    share: Tensor | None
+    ends: Tensor
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def halves(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        gated = self.up.shape[1] != self.down.shape[2]
+        return hidden.chunk(2, -1) if gated else (hidden,)
+
+
 class _FeedForward(torch.autograd.Function):
     """Gathers rows, applies both products with the activation between, and sums rows by weight.
 
@@ -270,7 +398,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        activation: Callable[..., Tensor],
+        activation: partial[Tensor],
         keep: bool,
         tokens: Tensor,
         order: Tensor | None,
@@ -280,8 +408,7 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         owner = None if order is None else _owners(tokens, order)
         layer = _Layer(activation, tokens, owner, None, ends, *parameters)  # type: ignore[arg-type]
-        run = _outputs_on_cpu if _in_memory(*layer.tensors()) else _outputs
-        out, hidden = run(layer, keep)
+        out, hidden = _outputs(layer, keep)
         ctx.activation = activation
         ctx.save_for_backward(tokens, order, weights, ends, hidden, *parameters)
         if order is None or weights is None:
@@ -304,12 +431,7 @@ class _FeedForward(torch.autograd.Function):
         needs = zip(_INPUTS, ctx.needs_input_grad[2:], strict=True)
         wanted = [name for name, needed in needs if needed]
         grad = grad.contiguous()
-        run = (
-            _gradients_on_cpu
-            if _in_memory(grad, hidden, *layer.tensors())
-            else _gradients
-        )
-        found = run(layer, hidden, grad, wanted)
+        found = _gradients(layer, hidden, grad, wanted)
         if "tokens" in found:
             found["tokens"] = _sum_tokens(found["tokens"], order, tokens.shape[0])
         if "weights" in found:
@@ -324,7 +446,7 @@ _INPUTS = (
 
 
 def _outputs(layer: _Layer, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """As _outputs_on_cpu, by grouped products."""
+    """The output of every row [N, d], and the first product [N, 2n] if it is to be kept."""
     rows = _rows(layer.tokens, layer.owner)
     hidden = _project(rows, layer.up, layer.up_bias, layer.ends)
     active = layer.activation(*layer.halves(hidden))
@@ -335,16 +457,17 @@ def _outputs(layer: _Layer, keep: bool) -> tuple[Tensor, Tensor | None]:
 def _gradients(
     layer: _Layer, hidden: Tensor | None, grad: Tensor, wanted: list[str]
 ) -> dict[str, Tensor]:
-    """As _gradients_on_cpu, by grouped products."""
+    """Gradients by name: of parameters, and row by row of tokens [N, d] and weights [N].
+
+    hidden [N, 2n] is the first product if it was kept, grad the gradient of tokens' outputs.
+    """
     tokens, owner, share, ends = layer.tokens, layer.owner, layer.share, layer.ends
     up, down, up_bias, down_bias = layer.up, layer.down, layer.up_bias, layer.down_bias
     rows, grad = _rows(tokens, owner), _rows(grad, owner)
     if hidden is None:
         hidden = _project(rows, up, up_bias, ends)
     found: dict[str, Tensor] = {}
-    active, pull = torch.func.vjp(  # type: ignore[misc]
-        lambda x: layer.activation(*layer.halves(x)), hidden
-    )
+    active, pull = _pull(layer.activation, layer.halves(hidden))
     back = _grouped_linear(grad, down.transpose(1, 2), ends)
     ones = grad.new_ones(grad.shape[0], 1)
     if "weights" in wanted:
@@ -361,7 +484,8 @@ def _gradients(
     if "down_bias" in wanted:
         part = ones if share is None else share
         found["down_bias"] = _grouped_outer(grad, part, ends).squeeze(-1)
-    (back,) = pull(back)
+    halves = pull(back)
+    back = halves[0] if len(halves) == 1 else torch.cat(halves, -1)
     if "up" in wanted:
         found["up"] = _grouped_outer(back, rows, ends)
     if "up_bias" in wanted:
@@ -412,13 +536,13 @@ def _run(
     weights: Tensor | None,
     ends: Tensor,
     parameters: tuple[Tensor | None, ...],
-    activation: Callable[..., Tensor],
+    activation: partial[Tensor],
     recompute: bool,
 ) -> Tensor:
     """In the format of the parameters, or of autocast."""
     kind = tokens.device.type
     dtype = parameters[0].dtype if parameters[0] is not None else tokens.dtype
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     cast = (p if p is None else p.to(dtype) for p in parameters)
     keep = torch.is_grad_enabled() and not recompute
@@ -453,203 +577,6 @@ def routed_feed_forward(
     apply = partial(activation, **settings)
     parameters = (up, down, up_bias, down_bias)
     return _run(tokens, order, weights, ends, parameters, apply, recompute)
-
-
-# Rows of a block, unless one expert has more: few for a cache, many for a call.
-_BLOCK = 128
-
-
-class _Layer(NamedTuple):
-    """Experts and what they work on: the activation takes two halves if up has rows for both.
-
-    owner [N] is the token of each row, None where tokens are the rows; share [N, 1] what a row has
-    of its token's gradient, None for all of it.
-    """
-
-    activation: Callable[..., Tensor]
-    tokens: Tensor
-    owner: Tensor | None
-    share: Tensor | None
-    ends: Tensor
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-
-    @property
-    def num_rows(self) -> int:
-        return (self.tokens if self.owner is None else self.owner).shape[0]
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[1:]
-
-    def halves(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        gated = self.up.shape[1] != self.down.shape[2]
-        return hidden.chunk(2, -1) if gated else (hidden,)
-
-
-def _in_memory(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors of a CPU, with values that may be read: nothing is traced."""
-    return not torch.compiler.is_compiling() and all(
-        x is None
-        or (x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter))
-        for x in tensors
-    )
-
-
-def _row_blocks(ends: Tensor) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
-    """Rows of consecutive experts, and among these the rows of each expert that has any."""
-    start = 0
-    inside: list[tuple[int, slice]] = []
-    for expert, (first, end) in enumerate(_spans(ends)):
-        if first < end:
-            inside.append((expert, slice(first - start, end - start)))
-        last = expert == ends.shape[0] - 1
-        if inside and (last or end - start >= _BLOCK):
-            yield slice(start, end), inside
-            start, inside = end, []
-
-
-def _room(like: Tensor, ends: Tensor) -> Tensor:
-    """Memory for a parameter's gradient [E, ...], with zeros where an expert has no rows."""
-    out = like.new_empty(like.shape)
-    for matrix, (first, end) in zip(out, _spans(ends), strict=True):
-        if first == end:
-            matrix.zero_()
-    return out
-
-
-def _without_tail(rows: Tensor, ends: Tensor) -> Tensor:
-    """Rows [N, d], with zeros in place for those of no expert."""
-    rows[int(ends[-1]) :].zero_()
-    return rows
-
-
-def _multiply(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inside: list[tuple[int, slice]],
-    out: Tensor,
-) -> Tensor:
-    """Rows [B, d] of a block times their experts' weight [E, n, d], into out [B, n]."""
-    for expert, own in inside:
-        matrix = weight[expert].t()
-        if bias is None:
-            torch.mm(rows[own], matrix, out=out[own])
-        else:
-            torch.addmm(bias[expert], rows[own], matrix, out=out[own])
-    return out
-
-
-def _outer(
-    left: Tensor, right: Tensor, inside: list[tuple[int, slice]], out: Tensor | None
-) -> None:
-    """left [B, n] transposed times right [B, d] within each expert, into out [E, n, d] if given.
-
-    For a right side of one column, as sums by row have it, out is [E, n].
-    """
-    if out is None:
-        return
-    for expert, own in inside:
-        torch.mm(left[own].t(), right[own], out=out[expert].view(-1, right.shape[1]))
-
-
-def _take(tokens: Tensor, owner: Tensor | None, block: slice) -> Tensor:
-    return tokens[block] if owner is None else tokens.index_select(0, owner[block])
-
-
-def _first_product(
-    layer: _Layer, rows: Tensor, inside: list[tuple[int, slice]], out: Tensor | None
-) -> Tensor:
-    if out is None:
-        out = rows.new_empty(rows.shape[0], layer.up.shape[1])
-    return _multiply(rows, layer.up, layer.up_bias, inside, out)
-
-
-def _outputs_on_cpu(layer: _Layer, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """The output of every row [N, d], and the first product [N, 2n] if it is to be kept."""
-    tokens, ends = layer.tokens, layer.ends
-    out = tokens.new_empty(layer.num_rows, layer.down.shape[1])
-    kept = tokens.new_empty(layer.num_rows, layer.up.shape[1]) if keep else None
-    for block, inside in _row_blocks(ends):
-        rows = _take(tokens, layer.owner, block)
-        room = None if kept is None else kept[block]
-        wide = _first_product(layer, rows, inside, room)
-        active = layer.activation(*layer.halves(wide))
-        _multiply(active, layer.down, layer.down_bias, inside, out[block])
-    return _without_tail(out, ends), kept if kept is None else _without_tail(kept, ends)
-
-
-def _gradients_on_cpu(
-    layer: _Layer, hidden: Tensor | None, grad: Tensor, wanted: list[str]
-) -> dict[str, Tensor]:
-    """Gradients by name: of parameters, and row by row of tokens [N, d] and weights [N].
-
-    hidden [N, 2n] is the first product if it was kept, grad the gradient of tokens' outputs.
-    """
-    found = _rooms(layer, grad, wanted)
-    for block, inside in _row_blocks(layer.ends):
-        rows = _take(layer.tokens, layer.owner, block)
-        pulled = _take(grad, layer.owner, block)
-        wide = None if hidden is None else hidden[block]
-        if wide is None:
-            wide = _first_product(layer, rows, inside, None)
-        leaf = wide.detach().requires_grad_()
-        with torch.enable_grad():
-            active = layer.activation(*layer.halves(leaf))
-        back = _multiply(pulled, layer.down.mT, None, inside, torch.empty_like(active))
-        if "weights" in found:
-            found["weights"][block] = _dots(layer, back, active, pulled, inside)
-        part = pulled.new_ones(pulled.shape[0], 1)
-        scaled = active.detach()
-        if layer.share is not None:
-            part = layer.share[block]
-            back, scaled = back.mul_(part), scaled * part
-        _outer(pulled, scaled, inside, found.get("down"))
-        _outer(pulled, part, inside, found.get("down_bias"))
-        if found.keys() & {"up", "up_bias", "tokens"}:
-            if active.requires_grad:
-                (back,) = torch.autograd.grad(active, leaf, back)
-            else:  # a step, which has no slope
-                back = torch.zeros_like(wide)
-            _outer(back, rows, inside, found.get("up"))
-            _outer(back, back.new_ones(back.shape[0], 1), inside, found.get("up_bias"))
-        if "tokens" in found:
-            _multiply(back, layer.up.mT, None, inside, found["tokens"][block])
-    for name in found.keys() & {"tokens", "weights"}:
-        _without_tail(found[name], layer.ends)
-    return found
-
-
-def _rooms(layer: _Layer, grad: Tensor, wanted: list[str]) -> dict[str, Tensor]:
-    """Memory for the gradients that are wanted."""
-    found = {}
-    for name in wanted:
-        if name == "tokens":
-            found[name] = grad.new_empty(layer.num_rows, layer.up.shape[2])
-        elif name == "weights":
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            found[name] = grad.new_empty(layer.num_rows, dtype=wide)
-        else:
-            found[name] = _room(getattr(layer, name), layer.ends)
-    return found
-
-
-def _dots(
-    layer: _Layer,
-    back: Tensor,
-    active: Tensor,
-    pulled: Tensor,
-    inside: list[tuple[int, slice]],
-) -> Tensor:
-    """Of each row of a block, its output's product with the gradient of its token -> [B]."""
-    wide = torch.promote_types(back.dtype, torch.float32)
-    of_row = (back * active.detach()).sum(-1, dtype=wide)
-    if layer.down_bias is not None:
-        for expert, own in inside:
-            of_row[own] += (pulled[own] * layer.down_bias[expert]).sum(-1, dtype=wide)
-    return of_row
 
 
 def entropy(probability: Tensor) -> Tensor:
