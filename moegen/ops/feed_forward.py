@@ -199,7 +199,7 @@ def _run(
     """In the format of the parameters, or of autocast."""
     kind = tokens.device.type
     dtype = parameters[0].dtype if parameters[0] is not None else tokens.dtype
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     cast = (p if p is None else p.to(dtype) for p in parameters)
     keep = torch.is_grad_enabled() and not recompute

@@ -224,7 +224,7 @@ def _run(
             f"{name} does not lead from up {tuple(up.shape)} to down {tuple(down.shape)}"
         )
     dtype, kind = up.dtype, tokens.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     cast = [x if x is None else x.to(dtype) for x in (tokens, *parameters)]
     check_formats(*cast, weights)
