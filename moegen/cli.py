@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,8 @@ def build(
     made = plan(spec, overrides, backend=backend)
     lacking = tuple(chosen.lacks(made))
     if strict and lacking:
-        raise BackendError(lacking)
+        hint = "without --strict it is built all the same"
+        raise BackendError(replace(problem, hint=hint) for problem in lacking)
     folder = write(made, out, backend=backend, force=force)
     print_built(console(), made, folder, chosen)
 

@@ -72,7 +72,7 @@ class Estimate:
     counts: parameters by role and the active counts; flops: of one token by role, averaged over
     a causal sequence; decode_flops: of one new token after a full context; weight_bytes: by
     role; cache_bytes: for batch sequences of the context's length; training and inference: what
-    a single GPU must hold.
+    a single GPU must hold; beside: the eager backend's estimate, where another one is asked for.
     """
 
     plan: Plan

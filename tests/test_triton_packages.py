@@ -193,6 +193,17 @@ def test_what_has_no_kernel_is_said_once_and_refused_if_strict(tmp_path: Path) -
     assert run("build", tiny, "-b", "triton", "--out", place + "2", "--strict").exit_code == 0
 
 
+def test_experts_that_are_not_one_op_are_said_once_and_refused_if_strict(tmp_path: Path) -> None:
+    spec = str(ROOT / "specs" / "tiny.yaml")
+    more = ("-b", "triton", "-o", "train.dropout.experts=0.1", "--out", str(tmp_path / "out"))
+    done = run("build", spec, *more)
+    assert done.exit_code == 0
+    assert done.output.count("experts are not one op") == 1
+    done = run("build", spec, *more, "--strict")
+    assert done.exit_code == 2
+    assert "without --strict it is built all the same" in " ".join(done.output.split())
+
+
 def test_fp64_is_refused_with_what_to_do() -> None:
     with pytest.raises(PlanError, match="no Triton kernels for fp64; use fp32, or -b eager"):
         moegen.plan(ALL["fp64"], backend="triton")

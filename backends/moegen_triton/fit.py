@@ -11,6 +11,7 @@ from torch import fx
 from moegen.errors import Problem
 from moegen.graph import meta
 from moegen.graph.component import Component
+from moegen.ops.experts import grouped_linear
 from moegen.ops.feed_forward import routed_feed_forward
 from moegen.ops.op import op_of
 from moegen.planner import Plan
@@ -32,7 +33,13 @@ def needs(plan: Plan) -> Iterator[Problem]:
 def lacks(plan: Plan) -> Iterator[Problem]:
     """Ops with products, or of experts' rows, that are emitted as plain PyTorch; each once."""
     seen: set[str] = set()
-    for _, node in _nodes(plan):
+    for component, node in _nodes(plan):
+        if node.target is grouped_linear and "apart" not in seen:
+            weight = weight_behind(component, node.args[1])
+            if weight.role == "routed_experts":
+                seen.add("apart")
+                path = meta.origin(node).path
+                yield Problem(_APART, plan.mark(path), path, hint=_STRICT)
         known = op_of(node.target)
         if known is None or known.name in KERNELS or known.name in seen:
             continue
@@ -41,9 +48,14 @@ def lacks(plan: Plan) -> Iterator[Problem]:
             seen.add(known.name)
             path = meta.origin(node).path
             sentence = f"there is no Triton kernel for {known.name}: it is plain PyTorch"
-            yield Problem(sentence, plan.mark(path), path, hint="--strict makes this an error")
+            yield Problem(sentence, plan.mark(path), path, hint=_STRICT)
 
 
+_STRICT = "--strict makes this an error"
+_APART = (
+    "experts are not one op: between their products stands dropout, or an activation without a "
+    "kernel, in plain PyTorch; recompute has no effect there"
+)
 # Ops without products that move all of an expert's rows.
 _WORK = {"combine_rows"}
 

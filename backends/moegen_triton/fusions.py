@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from moegen.graph import meta
 from moegen.graph.component import Component, Weight
 from moegen.graph.fault import Fault
 from moegen.ops.experts import grouped_linear
 from moegen.ops.feed_forward import grouped_feed_forward, routed_feed_forward
+from moegen.ops.feed_forward_work import grouped_work, routed_work
 from moegen.passes.fusions.experts import experts_fusion
 from moegen.passes.fusions.router import fuse_router
 from moegen_triton.kernels.chips import CHIPS
 from moegen_triton.kernels.costs import permutes
 
 # Activations that kernels know; others stay a node of their own between two products.
-ACTIVATIONS = frozenset(
-    ("swiglu", "geglu", "reglu", "clamped_swiglu", "relu", "relu2", "gelu", "silu", "cubic")
-) | {"identity"}
+GATED = {"swiglu", "geglu", "reglu", "clamped_swiglu"}
+PLAIN = {"relu", "relu2", "gelu", "silu", "cubic", "identity"}
+ACTIVATIONS = frozenset(GATED | PLAIN)
 
 
 def check_formats(component: Component, graph: fx.Graph) -> None:
@@ -59,32 +60,22 @@ def count_workspace(component: Component, graph: fx.Graph) -> None:
             node.meta[meta.INSIDE] = _grouped
 
 
-def _routed(
-    tokens: Tensor, order: Tensor, weights: Tensor, ends: Tensor, up: Tensor, down: Tensor, *_: Any,
-    recompute: bool = False, permute: bool = False, **__: Any,
-) -> tuple[int, int]:  # fmt: skip
+def _routed(*args: Any, permute: bool = False, **named: Any) -> tuple[int, int]:
     """Of rows: activations and outputs forward; backward gradients of both products' inputs."""
-    rows, d, n = order.shape[0], down.shape[1], down.shape[2]
-    wide = up.shape[1]
+    work = routed_work(*args, **named)
+    wide, d, n = work.up.shape[1], work.down.shape[1], work.down.shape[2]
     copies = d if permute else 0
-    forward = max(n + d, copies + n)
-    backward = wide + n + d + 2 * copies + (wide if recompute else 0)
-    size = up.element_size() * rows
-    return forward * size, backward * size
+    backward = wide + n + d + 2 * copies + (wide if work.recompute else 0)
+    size = work.up.element_size() * work.rows
+    return max(n + d, copies + n) * size, backward * size
 
 
-def _grouped(
-    rows: Tensor,
-    ends: Tensor,
-    up: Tensor,
-    down: Tensor,
-    *_: Any,
-    recompute: bool = False,
-    **__: Any,
-) -> tuple[int, int]:
-    count, n, wide = rows.shape[0], down.shape[2], up.shape[1]
-    size = up.element_size() * count
-    return n * size, (wide + n + (wide if recompute else 0)) * size
+def _grouped(*args: Any, **named: Any) -> tuple[int, int]:
+    """The same, where rows in and out are counted as values of the graph."""
+    work = grouped_work(*args, **named)
+    wide, n = work.up.shape[1], work.down.shape[2]
+    size = work.up.element_size() * work.rows
+    return n * size, (wide + n + (wide if work.recompute else 0)) * size
 
 
 FUSIONS = (
