@@ -46,7 +46,7 @@ def rows(spec: str, granularities: Sequence[int]) -> list[Row]:
     for granularity in granularities:
         finer = {"moe.granularity": granularity, "moe.shared.count": granularity}
         estimate = moegen.estimate(spec, finer)
-        moe = estimate.plan.spec.model.routed()[0][1]
+        moe = estimate.plan.spec.model.routed()[0].moe
         counts = estimate.counts
         made.append(
             Row(

@@ -71,7 +71,7 @@ def plan(
             return source
         return lower(load(source), source.workload, fusions)
     loaded = load(source, overrides)
-    length = sequence or min(4096, loaded.spec.model.max_sequence)
+    length = loaded.spec.model.length(sequence)
     return lower(loaded, Workload(batch, length), fusions)
 
 

@@ -69,18 +69,19 @@ class Fit:
 class Estimate:
     """Everything that `moegen estimate` prints.
 
-    counts: parameters by role and the active counts; flops: of one token by role, averaged over
-    a causal sequence; decode_flops: of one new token after a full context; weight_bytes: by
-    role; cache_bytes: for batch sequences of the context's length; training and inference: what
-    a single GPU must hold; beside: the eager backend's estimate, where another one is asked for.
+    counts: parameters by role and the active counts; flops: of one unit of the model (a token, an
+    image) by role, averaged over a causal sequence where there is one; decode_flops: of one new
+    token after a full context; weight_bytes: by role; cache_bytes: for batch sequences of the
+    context's length; both None for models that do not decode; training and inference: what a
+    single GPU must hold; beside: the eager backend's estimate, where another one is asked for.
     """
 
     plan: Plan
     counts: Counts
     flops: dict[str, Flops]
-    decode_flops: Fraction
+    decode_flops: Fraction | None
     weight_bytes: dict[str, int]
-    cache_bytes: int
+    cache_bytes: int | None
     optimizer: str
     checkpointing: bool
     training: Memory
@@ -91,17 +92,19 @@ class Estimate:
 
     @property
     def forward_flops(self) -> Fraction:
-        """FLOPs of one token's forward pass, all roles."""
+        """FLOPs of one unit's forward pass, all roles."""
         return sum((f.forward for f in self.flops.values()), Fraction(0))
 
     @property
     def training_flops(self) -> Fraction:
-        """FLOPs of one token's forward and backward pass, all roles."""
+        """FLOPs of one unit's forward and backward pass, all roles."""
         return sum((f.forward + f.backward for f in self.flops.values()), Fraction(0))
 
     @property
-    def cache_bytes_per_token(self) -> Fraction:
+    def cache_bytes_per_token(self) -> Fraction | None:
         """Cache bytes of one position of one sequence, averaged over the context."""
+        if self.cache_bytes is None:
+            return None
         work = self.plan.workload
         return Fraction(self.cache_bytes, work.batch * work.sequence)
 
@@ -115,18 +118,19 @@ def estimate(
 ) -> Estimate:
     """The estimate of a plan at its workload; raises KeyError for unknown names."""
     forward = plan.costs["forward, checkpointed" if checkpointing else "forward"]
-    tokens = plan.workload.batch * plan.workload.sequence
-    step = plan.costs["step"]
+    work = plan.workload
+    units = plan.spec.model.units(work.batch, work.sequence)
+    step = plan.costs.get("step")
     totals = plan.root.totals()
     training = _training(plan, forward, optimizer, checkpointing)
-    inference = _inference(plan, step)
+    inference = _inference(plan)
     made = Estimate(
         plan=plan,
         counts=count(plan.root, tied=plan.spec.model.tied),
-        flops=_per_token(forward, plan.costs["loss"], tokens),
-        decode_flops=Fraction(sum(step.flops.values()), plan.workload.batch),
+        flops=_per_unit(forward, plan.costs["loss"], units),
+        decode_flops=Fraction(sum(step.flops.values()), work.batch) if step else None,
         weight_bytes={role: weight for role, (_, _, weight) in totals.items()},
-        cache_bytes=size(plan.results["new_cache"]),
+        cache_bytes=size(plan.results["new_cache"]) if step else None,
         optimizer=optimizer,
         checkpointing=checkpointing,
         training=training,
@@ -140,12 +144,12 @@ def estimate(
     return replace(made, fit=_fit(made, GPUS[gpu]))
 
 
-def _per_token(forward: Summary, loss: Summary, tokens: int) -> dict[str, Flops]:
+def _per_unit(forward: Summary, loss: Summary, units: int) -> dict[str, Flops]:
     roles = sorted(set(forward.flops) | set(loss.flops))
     rows = {
         role: Flops(
-            Fraction(forward.flops[role] + loss.flops[role], tokens),
-            Fraction(forward.backward[role] + loss.backward[role], tokens),
+            Fraction(forward.flops[role] + loss.flops[role], units),
+            Fraction(forward.backward[role] + loss.backward[role], units),
         )
         for role in roles
     }
@@ -171,7 +175,7 @@ def _training(plan: Plan, forward: Summary, optimizer: str, checkpointing: bool)
     parameters = sum(w.bytes * n for w, n in held)
     gradients = sum(scheme.gradient(w) * n for w, n in held)
     state = sum(scheme.state(w) * n for w, n in held)
-    saved = forward.saved + size(plan.results["forward"].logits) + loss.saved
+    saved = forward.saved + size(plan.results["forward"][0]) + loss.saved
     peak = max(forward.peak_forward, loss.peak_forward, loss.peak_backward, forward.peak_backward)
     kept = "layers' inputs and what lies outside layers" if checkpointing else "each tensor once"
     return Memory(
@@ -186,15 +190,19 @@ def _training(plan: Plan, forward: Summary, optimizer: str, checkpointing: bool)
     )
 
 
-def _inference(plan: Plan, step: Summary) -> Memory:
+def _inference(plan: Plan) -> Memory:
     parameters = sum(w.bytes * n for w, n in weights(plan.root))
-    work = plan.workload
-    context = f"{work.batch} x {work.sequence} positions"
+    work, step = plan.workload, plan.costs.get("step")
+    cache, program, what = [], step or plan.costs["forward"], "one forward pass"
+    if step is not None:
+        context = f"{work.batch} x {work.sequence} positions"
+        cache = [Line("cache", size(plan.results["new_cache"]), "exact", context)]
+        what = "one decoding step"
     return Memory(
         (
             Line("parameters", parameters, "exact", "as the spec's precision keeps them"),
-            Line("cache", size(plan.results["new_cache"]), "exact", context),
-            Line("peak temporary", step.saved + step.peak_forward, "bound", "one decoding step"),
+            *cache,
+            Line("peak temporary", program.saved + program.peak_forward, "bound", what),
             Line("allowance", ALLOWANCE, "assumed", "CUDA context, workspaces, fragmentation"),
         )
     )

@@ -65,7 +65,7 @@ def lower(loaded: Loaded[Spec], workload: Workload, fusions: tuple[Fusion, ...] 
     spec, marks = loaded.spec, loaded.marks
     trace = Trace(spec)
     try:
-        root = trace.component(spec.model, ("model",), "other")
+        root = trace.root()
         mode = FakeTensorMode()
         results: dict[str, Any] = {}
         costs: dict[str, Summary] = {}

@@ -181,7 +181,7 @@ def attention_parameters(attention: Any, d: int) -> int:
 def test_parameters_of_experts_are_the_formulas_and_active_ones_those_chosen(name: str) -> None:
     plan = planned(name)
     routed = router = active = 0
-    for _, layer, _ in plan.spec.model.routed():
+    for layer in (one.moe for one in plan.spec.model.routed()):
         count, width, d = layer.num_experts, layer.expert_width, plan.spec.model.d_model
         into = 2 if layer.experts.activation.gated else 1
         one = (into + 1) * d * width

@@ -180,7 +180,7 @@ def test_no_expert_takes_more_than_its_slots_and_every_choice_is_kept_or_dropped
     sorts = spied(monkeypatch, name, "sort_by_expert")
     slots = spied(monkeypatch, name, "expert_capacity")
     output = model(token_ids())
-    capped = [m for _, m, _ in planned(name).spec.model.routed()]
+    capped = [one.moe for one in planned(name).spec.model.routed()]
     limits = iter(out for _, out in slots.calls)
     for layer, (_, (order, ends)), routing in zip(capped, sorts.calls, output.routing, strict=True):
         kept, chosen = int(ends[-1]), BATCH * LENGTH * layer.chosen

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moegen.emit import files
-from moegen.emit.runtime.language_model import LanguageModel, load_statistics
+from moegen.emit.runtime.language_model import LanguageModel
+from moegen.emit.runtime.network import load_statistics
 from moegen.errors import MoegenError
 from moegen.observe import Recorder
 from moegen.observe.history import collapsed

@@ -131,7 +131,7 @@ def test_specs_are_told(name: str) -> None:
     found = accounts(spec, 1, 1024)
     model: Any = spec.model
     layers = sorted(layer for one in found for layer in one.layers)
-    assert layers == [layer for layer, _, _ in model.routed()]
+    assert layers == [one.layer for one in model.routed()]
     for one in found:
         assert {"router.select", "experts", "causality", "parameters"} <= said(one).keys()
 
@@ -156,7 +156,7 @@ def test_the_command_keeps_to_the_width(width: int) -> None:
 def test_layers_that_differ_are_told_apart() -> None:
     other = "moe.overrides=[{layers: [2], experts: {count: 8}, capacity: 2.0}]"
     text = show(TINY, "-o", other, "--sequence", "64", "--batch", "2")
-    assert "2 sequences of 64 tokens" in text
+    assert "2 x 64 tokens" in text
     assert "layers 1, 3 of 4: Mixture of 16 experts" in text
     assert "layer 2 of 4: Mixture of 8 experts" in text
     assert "room for 32 choices" in " ".join(text.split())

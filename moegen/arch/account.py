@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from moegen.arch.mixture_rules import leaks
 from moegen.arch.moe import MoE
@@ -33,18 +32,21 @@ class Account:
     layers: tuple[int, ...]
     title: str
     parts: tuple[Said, ...]
+    stack: str = ""  # the child that holds them, if it is not the model itself
 
 
 def accounts(spec: Spec, batch: int, sequence: int) -> list[Account]:
     """An account of every distinct routed layer, with the numbers of a batch of sequences."""
-    alike: dict[tuple[str, tuple[Said, ...]], list[int]] = {}
-    model: Any = spec.model
+    alike: dict[tuple[str, str, tuple[Said, ...]], list[int]] = {}
     used = _parameters(spec)
-    for layer, moe, _ in model.routed():
-        last = Said("parameters", None, (_used(moe, *used[layer]),))
-        parts = (*account_of(Setting(spec, moe, batch, sequence)), last)
-        alike.setdefault((moe.describe(spec), parts), []).append(layer)
-    return [Account(tuple(layers), title, parts) for (title, parts), layers in alike.items()]
+    for one in spec.model.routed():
+        last = Said("parameters", None, (_used(one.moe, *used[one.site]),))
+        parts = (*account_of(Setting(spec, one.moe, batch, sequence)), last)
+        alike.setdefault((one.stack, one.moe.describe(spec), parts), []).append(one.layer)
+    return [
+        Account(tuple(layers), title, parts, stack)
+        for (stack, title, parts), layers in alike.items()
+    ]
 
 
 def account_of(setting: Setting) -> Iterator[Said]:
@@ -95,17 +97,17 @@ def _causality(moe: MoE) -> Iterator[str]:
         yield "Causal: what becomes of a token does not depend on later ones."
 
 
-def _parameters(spec: Spec) -> dict[int, tuple[int, int]]:
-    """By layer, how many parameters its routed branch has and how many of them a token uses."""
-    root = Trace(spec).component(spec.model, ("model",), "other")
-    found: dict[int, tuple[int, int]] = {}
+def _parameters(spec: Spec) -> dict[str, tuple[int, int]]:
+    """By call site of a layer, parameters of its routed branch and how many a token uses."""
+    root = Trace(spec).root()
+    found: dict[str, tuple[int, int]] = {}
     for name, component in root.walk():
-        where = name.split(".")
-        if where[0] == "layers" and where[2:] in (["moe"], ["extra"]):
-            total, active = found.get(int(where[1]), (0, 0))
+        site, _, part = name.rpartition(".")
+        if part in ("moe", "extra"):
+            total, active = found.get(site, (0, 0))
             for count, used, _ in component.totals().values():
                 total, active = total + count, active + used
-            found[int(where[1])] = (total, active)
+            found[site] = (total, active)
     return found
 
 

@@ -166,7 +166,7 @@ class GroupedQueryAttention(Attention):
         """Keys and values, [batch, kv_heads, length or window, head_dim]."""
         if self.window:
             length = at_most(length, self.window.size)
-        width = self.rope_width(b.spec.model.d_model)
+        width = self.rope_width(b.width)
         shape = (batch, self.kv_heads or self.heads, length, width)
         weight = b.param("query", *self._query_shape(b))
         dtype = b.spec.precision.cache_dtype
@@ -176,12 +176,12 @@ class GroupedQueryAttention(Attention):
     # Parts
 
     def _query_shape(self, b: Builder) -> tuple[int, int]:
-        d_model = b.spec.model.d_model
+        d_model = b.width
         return self.heads * self.rope_width(d_model), d_model
 
     def _project(self, b: Builder, x: Any, context: Any) -> tuple[Any, Any, Any]:
         """Queries, keys and values, [B, heads, S, head_dim], turned by their positions."""
-        width = self.rope_width(b.spec.model.d_model)
+        width = self.rope_width(b.width)
         kv_heads = self.kv_heads or self.heads
         q = self._linear(b, "query", x, self.heads * width)
         k = self._linear(b, "key", x, kv_heads * width)
@@ -210,7 +210,7 @@ class GroupedQueryAttention(Attention):
         bias = None
         if self.bias != "none":
             bias = b.param(f"{name}_bias", width, init=ZEROS)
-        return F.linear(x, b.param(name, width, b.spec.model.d_model), bias)
+        return F.linear(x, b.param(name, width, b.width), bias)
 
     def _read(self, b: Builder, cache: Any) -> Any:
         precision = b.spec.precision
@@ -240,7 +240,7 @@ class GroupedQueryAttention(Attention):
         return b.param("sinks", self.heads, init=normal(0.02))
 
     def _scale(self, b: Builder) -> float:
-        return self.scale or float(self.rope_width(b.spec.model.d_model) ** -0.5)
+        return self.scale or float(self.rope_width(b.width) ** -0.5)
 
     def _options(self) -> dict[str, Any]:
         """What torch's kernel is told beyond its defaults."""
@@ -252,7 +252,7 @@ class GroupedQueryAttention(Attention):
         return options
 
     def _merge(self, b: Builder, out: Any) -> Any:
-        d_model = b.spec.model.d_model
+        d_model = b.width
         inner = self.heads * self.rope_width(d_model)
         bias = b.param("output_bias", d_model, init=ZEROS) if self.bias == "all" else None
         weight = b.param("output", d_model, inner)

@@ -117,7 +117,7 @@ class Block(Layer):
         return self._norm(b, name, x) if placement == "post" else x
 
     def _norm(self, b: Builder, name: str, x: Any) -> Any:
-        width = b.spec.model.d_model
+        width = b.width
         return b.inline(self.norm, "apply", name, x, width, path=("model", "norm"))
 
 
@@ -166,7 +166,7 @@ class InsertedBlock(Layer):
     def _normed(self, b: Builder, x: Any) -> Any:
         if self.moe.experts.residual:
             return x
-        return b.inline(self.norm, "apply", "norm", x, b.spec.model.d_model, path=("model", "norm"))
+        return b.inline(self.norm, "apply", "norm", x, b.width, path=("model", "norm"))
 
     def _added(self, x: Any, out: Any) -> Any:
         if self.moe.experts.residual:

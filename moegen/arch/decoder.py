@@ -11,17 +11,23 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from moegen.arch.attention import Attention
-from moegen.arch.block import Block, InsertedBlock
+from moegen.arch.block import Block
 from moegen.arch.feed_forward import FeedForward
-from moegen.arch.mixture_rules import SILENCE, leaks, of_ids
-from moegen.arch.model import Model
+from moegen.arch.model import LONGEST, Model, RoutedLayer
 from moegen.arch.moe import MoE
 from moegen.arch.norm import Norm, RMSNorm
 from moegen.arch.rope import Rope
-from moegen.arch.routing.ids import TOKEN
+from moegen.arch.stack import (
+    Stack,
+    ahead,
+    broken_ids,
+    given_ids,
+    known_ids,
+    total_losses,
+    unplaced_overrides,
+)
 from moegen.graph.builder import Builder
 from moegen.ops.losses import next_token_loss, output_z_loss, real_tokens
-from moegen.ops.sequences import per_token
 from moegen.spec.element import Element, OneOf, Path
 
 
@@ -67,39 +73,19 @@ class Decoder(Model):
     moe: MoE | None = Field(None, description="mixture of experts of the routed layers")
     residual_scale: float = Field(1.0, gt=0, le=1e3, description="factor on every branch")
     head: Head = Field(Head(), description="projection to logits")
+    max_sequence: int = Field(4096, ge=1, le=10**9, description="longest sequence to serve")
 
     def rules(self) -> Iterator[tuple[Path, str]]:
         """What the parts need of the whole."""
-        for path, sentence in self.attention.check(self.d_model):
-            yield ("attention", *path), sentence
-        if self.attention.window:
-            for path, sentence in self.attention.window.placement.outside(self.layers):
-                yield ("attention", "window", "placement", *path), sentence
+        yield from self.stack().rules()
         if self.moe is None:
-            if self.ffn is None:
-                yield (), "a model needs ffn, moe, or both"
             return
-        for path, sentence in self.moe.placement.outside(self.layers):
-            yield ("moe", "placement", *path), sentence
-        own = set(self.moe.placement.of(self.layers))
-        if self.ffn is None and len(own) < self.layers:
-            dense = next(i for i in range(self.layers) if i not in own)
-            yield ("moe", "placement"), f"layer {dense} is not routed, so the model needs ffn too"
-        routed = self._routed_layers()
-        yield from dict.fromkeys(
-            ((*path[1:], *below), sentence)
-            for _, moe, path in self.routed()
-            for below, sentence in of_ids(moe, self.vocab_size)
-        )
-        for index, override in enumerate(self.moe.overrides):
-            for place, layer in enumerate(override.layers):
-                if layer not in routed:
-                    path = ("moe", "overrides", index, "layers", place)
-                    yield path, f"layer {layer} is not a routed layer"
+        yield from broken_ids(self.routed(), self.vocab_size)
+        yield from unplaced_overrides(self.moe, self.routed())
 
     def programs(self) -> tuple[str, ...]:
         """Training, its loss, decoding and its cache, and the balance biases' update."""
-        update = self.moe and any(m.router.balance_bias for _, m, _ in self.routed())
+        update = self.moe and any(one.moe.router.balance_bias for one in self.routed())
         return ("forward", "loss", "step", "new_cache", *(("update_balance",) if update else ()))
 
     def describe(self, spec: Any) -> str:
@@ -109,89 +95,42 @@ class Decoder(Model):
         layers = f"{self.layers} layers{part}"
         return f"Decoder of {layers}; {self.d_model} wide, {self.vocab_size} token ids."
 
-    def class_name(self) -> str:
-        """What users import."""
-        return "Model"
-
     def warnings(self) -> Iterator[tuple[Path, str]]:
         """Routing that looks ahead cannot be had when decoding."""
-        told: set[str] = set()
-        for _, moe, path in self.routed():
-            if moe.non_causal == "accept":
-                continue
-            for below, sentence in leaks(moe):
-                if sentence not in told:
-                    told.add(sentence)
-                    yield (*path[1:], *below), f"{sentence}; {SILENCE}"
+        yield from ahead(self.routed())
 
     # Facts
 
     def given(self) -> tuple[str, ...]:
         """Names of the ids that a user gives beside the tokens', each once."""
-        names = [name for _, moe, _ in self.routed() for name in moe.given()]
-        return tuple(name for name in dict.fromkeys(names) if name != TOKEN)
+        return given_ids(self.routed())
 
     @property
     def tied(self) -> bool:
         """Whether the head uses the embedding's table."""
         return self.head.tied
 
-    def routed(self) -> list[tuple[int, MoE, Path]]:
-        """Every routed layer with its MoE and the place in the spec that says it."""
-        if self.moe is None:
-            return []
-        return [(layer, *self.moe.in_layer(layer)) for layer in self._routed_layers()]
+    def stack(self) -> Stack:
+        """The blocks."""
+        placement = self.moe.placement if self.moe else None
+        return Stack(self, self.layers, self.attention, placement)
 
-    def _routed_layers(self) -> tuple[int, ...]:
-        """Where mixtures stand in the stack, inserted ones counted."""
-        assert self.moe is not None
-        placement = self.moe.placement
-        if not placement.insert:
-            return placement.of(self.layers)
-        stack = self._with_extra(list(range(self.layers)), [None] * placement.insert)
-        return tuple(i for i, layer in enumerate(stack) if layer is None)
+    def routed(self) -> list[RoutedLayer]:
+        """Every routed layer, inserted ones counted."""
+        return self.stack().routed()
 
-    def _with_extra(self, own: list[Any], extra: list[Any]) -> list[Any]:
-        """The stack's own layers with the extra ones where the placement inserts them."""
-        assert self.moe is not None
-        for index, layer in zip(self.moe.placement.inserted(self.layers), extra, strict=True):
-            own.insert(index, layer)
-        return own
+    def depth(self, stack: str) -> int:
+        """Layers of the one stack that it has."""
+        return len(self.stack().blocks())
 
-    def blocks(self) -> list[Block | InsertedBlock]:
-        """The stack, equal blocks being equal elements."""
-        routed = {layer: (moe, path) for layer, moe, path in self.routed()}
-        common = {
-            "norm": self.norm,
-            "routing": bool(routed),
-            "residual_scale": self.residual_scale,
-        }
-        made: dict[Any, Block] = {}
-        stack: list[Block | InsertedBlock] = []
-        if self.moe and self.moe.placement.insert:
-            extra = [
-                InsertedBlock(
-                    norm=self.norm, moe=moe, moe_path=path, residual_scale=self.residual_scale
-                )
-                for moe, path in routed.values()
-            ]
-            routed = {}
-        for layer in range(self.layers):
-            moe, path = routed.get(layer, (None, ()))
-            attention = self.attention.in_layer(layer, self.layers)
-            key = (path, bool(attention.window), moe is None)
-            if key not in made:
-                ffn = None if moe else self.ffn
-                made[key] = Block(attention=attention, ffn=ffn, moe=moe, moe_path=path, **common)
-            stack.append(made[key])
-        if self.moe and self.moe.placement.insert:
-            return self._with_extra(stack, extra)
-        return stack
+    def length(self, asked: int | None) -> int:
+        """As many tokens as it is made to serve, at most 4,096, unless asked for."""
+        return asked or min(LONGEST, self.max_sequence)
 
     def ropes(self) -> list[Rope]:
         """The distinct rotary embeddings of the stack, in order of first use."""
         found: list[Rope] = []
-        for block in self.blocks():
+        for block in self.stack().blocks():
             rope = block.attention.rope if isinstance(block, Block) else None
             if rope is not None and rope not in found:
                 found.append(rope)
@@ -233,19 +172,21 @@ class Decoder(Model):
         if self.moe or self.head.z_loss:
             valid = real_tokens(ids, mask)
         if self.moe:
-            fields |= {"valid": valid, **self._ids(b, ids, given)}
+            fields |= {"valid": valid, **known_ids(b, self.routed(), ids, given)}
         context = b.record("Context", **fields)
         x = self._embed(b, ids)
         if not self.moe:
-            for layer, block in enumerate(self.blocks()):
+            for layer, block in enumerate(self.stack().blocks()):
                 x = b.child(f"layers.{layer}", block, x, context)
             return self._output(b, self._logits(b, x), valid)
         routing = b.no_items()
-        for layer, block in enumerate(self.blocks()):
+        for layer, block in enumerate(self.stack().blocks()):
             x, records = b.child(f"layers.{layer}", block, x, context)
             routing = routing + records
         logits = self._logits(b, x)
-        return self._output(b, logits, valid, losses=self._losses(b, routing), routing=routing)
+        return self._output(
+            b, logits, valid, losses=total_losses(b, self.moe, routing), routing=routing
+        )
 
     def loss(self, b: Builder, logits: Any, labels: Any) -> Any:
         """Mean cross-entropy of the next token."""
@@ -255,10 +196,10 @@ class Decoder(Model):
         """ids [B, T] at positions start, start + 1, ... to logits [B, T, V]; fills the cache."""
         positions = start + torch.arange(ids.shape[1], device=ids.device)
         tables = self._tables(b, positions)
-        known = self._ids(b, ids, given)
+        known = known_ids(b, self.routed(), ids, given)
         context = b.record("Place", start=start, positions=positions, **tables, **known)
         x = self._embed(b, ids)
-        for layer, block in enumerate(self.blocks()):
+        for layer, block in enumerate(self.stack().blocks()):
             x = b.child(f"layers.{layer}", block, x, context, cache[layer])
         return self._logits(b, x)
 
@@ -266,15 +207,15 @@ class Decoder(Model):
         """An empty cache for `batch` sequences of up to `length` tokens."""
         return tuple(
             b.child(f"layers.{layer}", block, batch, length)
-            for layer, block in enumerate(self.blocks())
+            for layer, block in enumerate(self.stack().blocks())
         )
 
     def update_balance(self, b: Builder, routing: Any) -> Any:
         """Move the routers' balance biases by the loads of a step's Output.routing."""
-        blocks = self.blocks()
-        for index, (layer, moe, _) in enumerate(self.routed()):
-            if moe.router.balance_bias:
-                b.child(f"layers.{layer}", blocks[layer], routing[index].load)
+        blocks = self.stack().blocks()
+        for index, one in enumerate(self.routed()):
+            if one.moe.router.balance_bias:
+                b.child(one.site, blocks[one.layer], routing[index].load)
 
     # Parts
 
@@ -285,17 +226,6 @@ class Decoder(Model):
             losses = fields.pop("losses", {})
             fields = {"losses": {**losses, "output_z": output_z * self.head.z_loss}, **fields}
         return b.record("Output", logits=logits, **fields)
-
-    def _ids(self, b: Builder, ids: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """What routers read beside tokens, one for every token."""
-        names = dict.fromkeys(name for _, moe, _ in self.routed() for name in moe.given())
-        known = {}
-        for name in names:
-            if name == TOKEN:
-                known[name] = ids.flatten()
-            else:
-                known[name] = b.name(per_token(given[name], ids.shape[0], ids.shape[1]), name)
-        return known
 
     def _suffix(self, index: int) -> str:
         return f"_{index + 1}" if index else ""
@@ -333,11 +263,3 @@ class Decoder(Model):
         if self.head.softcap:
             logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
         return logits
-
-    def _losses(self, b: Builder, routing: Any) -> dict[str, Any]:
-        """Every auxiliary loss over all layers, weighted, ready to be added."""
-        assert self.moe is not None
-        return {
-            name: loss.over_layers(b, name, routing, self.moe.chosen) * loss.weight
-            for name, loss in self.moe.losses.items()
-        }

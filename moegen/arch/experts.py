@@ -233,7 +233,7 @@ def _network(b: Builder, moe: MoE, rows: Any, ends: Any) -> Any:
     stream = b.name(rows, "stream")
     for sublayer in range(moe.experts.sublayers):
         suffix = f"_{sublayer + 1}" if sublayer else ""
-        normed = F.layer_norm(stream, (b.spec.model.d_model,))
+        normed = F.layer_norm(stream, (b.width,))
         out = _feed_forward(b, moe, normed, ends, suffix)
         stream = stream + out
     return stream
@@ -243,7 +243,7 @@ def _feed_forward(b: Builder, moe: MoE, rows: Any, ends: Any, suffix: str) -> An
     activation = moe.experts.activation
     width = moe.expert_width * (2 if activation.gated else 1)
     name = "gate_up" if activation.gated else "up"
-    hidden = _linear(b, moe, f"{name}{suffix}", rows, ends, b.spec.model.d_model, width)
+    hidden = _linear(b, moe, f"{name}{suffix}", rows, ends, b.width, width)
     if activation.gated:
         gate, up = hidden.chunk(2, -1)
         hidden = activation.apply(gate, up)
@@ -252,7 +252,7 @@ def _feed_forward(b: Builder, moe: MoE, rows: Any, ends: Any, suffix: str) -> An
     rate = b.spec.train.dropout.experts
     if rate:
         hidden = F.dropout(hidden, rate, b.training)
-    out = b.spec.model.d_model
+    out = b.width
     return _linear(b, moe, f"down{suffix}", hidden, ends, moe.expert_width, out)
 
 

@@ -40,13 +40,13 @@ class FeedForward(Layer):
             hidden = self.activation.apply(gate, up)
         else:
             hidden = self.activation.apply(self._linear(b, "up", x))
-        d_model = b.spec.model.d_model
+        d_model = b.width
         bias = b.param("down_bias", d_model, init=ZEROS) if self.bias else None
         return F.linear(hidden, b.param("down", d_model, self.width), bias)
 
     def _linear(self, b: Builder, name: str, x: Any) -> Any:
         bias = b.param(f"{name}_bias", self.width, init=ZEROS) if self.bias else None
-        return F.linear(x, b.param(name, self.width, b.spec.model.d_model), bias)
+        return F.linear(x, b.param(name, self.width, b.width), bias)
 
 
 class ResidualFeedForward(FeedForward):

@@ -95,7 +95,7 @@ class LatentAttention(Attention):
     # Parts
 
     def _queries(self, b: Builder, x: Any, context: Any) -> tuple[Any, Any]:
-        d_model = b.spec.model.d_model
+        d_model = b.width
         width = self.heads * (self.nope_dim + self.rope_dim)
         if self.q_rank is None:
             q = F.linear(x, b.param("query", width, d_model))
@@ -108,7 +108,7 @@ class LatentAttention(Attention):
         return q_nope, self._turn(b, q_rope, context)
 
     def _latent(self, b: Builder, x: Any, context: Any) -> tuple[Any, Any]:
-        down = b.param("latent_down", self.kv_rank + self.rope_dim, b.spec.model.d_model)
+        down = b.param("latent_down", self.kv_rank + self.rope_dim, b.width)
         latent, k_rope = F.linear(x, down).split_with_sizes([self.kv_rank, self.rope_dim], -1)
         latent = RMSNorm(eps=self.norm_eps).apply(b, "latent_norm", latent, self.kv_rank)
         return latent, self._turn(b, k_rope, context)
@@ -123,7 +123,7 @@ class LatentAttention(Attention):
         return b.param("latent_up", width, self.kv_rank)
 
     def _output(self, b: Builder) -> Any:
-        return b.param("output", b.spec.model.d_model, self.heads * self.value_dim)
+        return b.param("output", b.width, self.heads * self.value_dim)
 
     def _scale(self) -> float:
         scaling = self.rope.scaling if self.rope else None

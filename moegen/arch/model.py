@@ -2,32 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
-
-from pydantic import Field
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from moegen.graph.layer import Layer
 from moegen.spec.element import Kinds, Path
+from moegen.spec.words import counted
+
+if TYPE_CHECKING:
+    from moegen.arch.moe import MoE
+
+LONGEST = 4096  # tokens that a plan is for unless more are asked for
+
+
+class RoutedLayer(NamedTuple):
+    """A mixture of a model: its layer, what it is, and where the spec says that.
+
+    stack: dotted name of the child that holds the layers, "" if that is the model itself.
+    """
+
+    layer: int
+    moe: MoE
+    path: Path
+    stack: str = ""
+
+    @property
+    def site(self) -> str:
+        """Dotted name of the layer's call site."""
+        return f"{self.stack}.layers.{self.layer}".lstrip(".")
 
 
 class Model(Kinds, Layer):
-    """A whole network. `forward` takes what a user has and returns what training needs."""
+    """A whole network. `forward` takes what a user has and returns what training needs.
+
+    The fields of what `forward` returns are an Output: first what the loss is computed from, and,
+    where layers are routed, `losses` by name, weighted, and `routing`, a record of each layer.
+    `loss` and what else there is are programs of their own: `step` and `new_cache` to decode.
+    """
 
     default_kind: ClassVar[str | None] = "decoder"
 
     runtime: ClassVar[str] = ""  # the class that emitted models of this kind derive from
-
-    max_sequence: int = Field(4096, ge=1, le=10**9, description="longest sequence to serve")
+    unit: ClassVar[str] = "token"  # what FLOPs are counted for
+    records: ClassVar[Mapping[str, tuple[str, Mapping[str, str]]]] = {}  # docs of its own records
 
     @property
     def tied(self) -> bool:
         """Whether the output head uses the embedding's table."""
         return False
 
+    def class_name(self) -> str:
+        """What users import."""
+        return "Model"
+
     def warnings(self) -> Iterator[tuple[Path, str]]:
         """Yield (path, sentence) for what is allowed but seldom meant."""
         yield from ()
+
+    def routed(self) -> list[RoutedLayer]:
+        """Every routed layer, in the order of Output's routing."""
+        return []
+
+    def depth(self, stack: str) -> int:
+        """How many layers a stack has, inserted ones counted."""
+        raise TypeError(f"{type(self).__name__} has no stack {stack!r}")
+
+    # Workloads: a batch of inputs of some length
+
+    def length(self, asked: int | None) -> int:
+        """The length of one input that a plan is for: what was asked for, or what is usual."""
+        return asked or LONGEST
+
+    def units(self, batch: int, sequence: int) -> int:
+        """How many `unit`s a workload has."""
+        return batch * sequence
+
+    def workload(self, batch: int, sequence: int) -> str:
+        """A workload in words: `2 x 4,096 tokens`."""
+        return f"{batch} x {counted(sequence, self.unit)}"
 
     def examples(self, batch: Any, sequence: Any, new: int = 1) -> dict[str, Any]:
         """Inputs of each program, in the order to run them, as functions of results so far."""

@@ -325,7 +325,7 @@ class MoE(Layer):
         role = "shared_experts"
         shared = b.child("shared", network, tokens, path=("shared",), role=role)
         if self.shared.gate:
-            weight = b.param("shared_gate", 1, b.spec.model.d_model, role=role)
+            weight = b.param("shared_gate", 1, b.width, role=role)
             shared = shared * torch.sigmoid(F.linear(tokens, weight))
         return shared
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +30,14 @@ class Classes:
     """Prints the distinct components of a plan, children first.
 
     docs gives a class its docstring; bases names what the last class, the model, derives from;
-    default is the dtype that need not be said.
+    default is the dtype that need not be said; said describes records and their fields.
     """
 
     docs: Docs
     base: str
     default: torch.dtype
     records: dict[str, type[tuple[Any, ...]]]
+    said: Mapping[str, tuple[str, Mapping[str, str]]]
     ops: set[str] = field(default_factory=set)
     plain: dict[int, set[str]] = field(default_factory=dict)
 
@@ -58,10 +59,10 @@ class Classes:
 
     def _record(self, name: str, value: Any) -> str:
         fields = zip(value._fields, value, strict=True)
-        lines = [f"class {name}(NamedTuple):", f'    """{RECORDS[name][0]}"""']
+        lines = [f"class {name}(NamedTuple):", f'    """{self.said[name][0]}"""']
         lines += [""] if value._fields else []
         for label, part in fields:
-            said = RECORDS[name][1].get(label)
+            said = self.said[name][1].get(label)
             lines.append(f"    {label}: {annotation(part)}{f'  # {said}' if said else ''}")
         return "\n".join(lines)
 
@@ -281,7 +282,7 @@ def _collect(node: fx.Node, examples: dict[str, Any]) -> None:
         look(meta.val(node))
 
 
-RECORDS: dict[str, tuple[str, dict[str, str]]] = {
+RECORDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "Context": (
         "What every layer needs beside the residual stream.",
         {"cos": "[S, r / 2]", "sin": "[S, r / 2]", "valid": "[B * S], False at padding"},

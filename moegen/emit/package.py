@@ -12,7 +12,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from moegen.backend import Backend
-from moegen.emit.classes import Classes
+from moegen.emit.classes import RECORDS, Classes
 from moegen.emit.words import class_docs, model_docs
 from moegen.planner import Plan
 from moegen.spec.load import resolved_yaml
@@ -42,6 +42,7 @@ def package(plan: Plan, backend: Backend) -> Package:
         base=kind,
         default=plan.spec.precision.parameter_dtype,
         records=dict(plan.records),
+        said={**RECORDS, **plan.spec.model.records},
     )
     body = classes.text(plan.components)
     files = {
@@ -49,6 +50,7 @@ def package(plan: Plan, backend: Backend) -> Package:
         "model.py": _model(plan, classes, body),
         "ops.py": backend.ops(classes.ops),
         **backend.files(classes.ops),
+        "network.py": runtime("Network"),
         "runtime.py": runtime(kind),
         "spec.yaml": resolved,
         "py.typed": "",
@@ -75,7 +77,7 @@ def class_place(plan: Plan, component: Any) -> dict[str, Any]:
 
 
 def runtime(kind: str) -> str:
-    """The base class of a kind of model, as the file that moegen tests in place."""
+    """A base class of models, as the file that moegen tests in place."""
     name = f"{_snake(kind)}.py"
     return (resources.files("moegen.emit.runtime") / name).read_text(encoding="utf-8")
 

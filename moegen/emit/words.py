@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 from moegen.graph.component import Component
 from moegen.planner import Plan
+
+_LAYER = re.compile(r"(?:([\w.]+)\.)?layers\.(\d+)")  # a call site in a stack
 
 
 def class_docs(plan: Plan, component: Component) -> str:
@@ -46,16 +49,25 @@ def _place(plan: Plan, component: Component) -> str:
 
 def _layers(plan: Plan, component: Component) -> str:
     """`layers 3-60`, from the call sites of a component; nothing if it is in no stack."""
-    numbers = sorted(
-        {
-            int(name.split(".")[1])
-            for name, other in plan.root.walk()
-            if other is component and name.startswith("layers.")
-        }
-    )
-    if not numbers or len(numbers) == len(getattr(plan.root, "children", ())):
-        return "every layer" if numbers else ""
-    return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
+    depths: dict[str, set[int]] = {}
+    inside: dict[str, set[int]] = {}
+    for name, other in plan.root.walk():
+        found = _LAYER.match(name)
+        if found:
+            stack, layer = found[1] or "", int(found[2])
+            depths.setdefault(stack, set()).add(layer)
+            if other is component:
+                inside.setdefault(stack, set()).add(layer)
+    parts = [_where(stack, sorted(n), len(depths[stack])) for stack, n in inside.items()]
+    return " and ".join(parts)
+
+
+def _where(stack: str, numbers: list[int], depth: int) -> str:
+    """`every layer`, or `encoder layers 1-5`."""
+    before = f"{stack} " if stack else ""
+    if len(numbers) == depth:
+        return f"every {before}layer"
+    return f"{before}layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
 def ranges(numbers: list[int]) -> str:

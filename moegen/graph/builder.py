@@ -8,7 +8,6 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,74 +15,12 @@ from torch import fx, nn
 
 from moegen.graph import meta
 from moegen.graph.component import Buffer, Component, Init, Weight, attach
-from moegen.graph.fault import Fault, raised_at, short
+from moegen.graph.fault import Fault, raised_at
 from moegen.graph.layer import Layer
 from moegen.graph.names import assigned, author_frame
+from moegen.graph.tracer import ComponentTracer
 from moegen.ops.op import op_of
 from moegen.spec.element import Element, Path
-
-# Attributes of tensors and of torch's return types that are values, not methods.
-_FACTS = {"shape", "dtype", "device", "ndim", "values", "indices", "T", "mT"}
-
-
-class NamedProxy(fx.Proxy):
-    """A proxy whose parts are named like the variables that its author unpacks them into."""
-
-    def __iter__(self) -> Iterator[fx.Proxy]:
-        """Unpack into as many parts as there are targets on the author's line."""
-        names = assigned(author_frame())
-        if not isinstance(names, tuple):
-            return super().__iter__()
-        return iter([self._part(i, name) for i, name in enumerate(names)])
-
-    def _part(self, index: int, name: str) -> fx.Proxy:
-        part: fx.Proxy = self[index]  # type: ignore[index]
-        part.node.meta[meta.NAME] = name
-        part.node.meta[meta.PART] = True
-        return part
-
-    def __getattr__(self, name: str) -> fx.proxy.Attribute:
-        """Read a field of a record at once, so that the node is made on the author's line."""
-        attribute = super().__getattr__(name)
-        if name in _FACTS or not hasattr(torch.Tensor, name):
-            _ = attribute.node
-        return attribute
-
-
-class ComponentTracer(fx.proxy.GraphAppendingTracer):
-    """Appends nodes to one graph, and notes on each its name, section and origin."""
-
-    def __init__(self, graph: fx.Graph, path: Path) -> None:
-        """Trace into `graph` on behalf of the element at `path` of the spec."""
-        super().__init__(graph)
-        self.path = path
-        self.section: str | None = None
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Make the node, with where it comes from."""
-        node = super().create_node(*args, **kwargs)
-        frame = author_frame()
-        node.meta[meta.ORIGIN] = meta.Origin(self.path, _place(frame))
-        if self.section:
-            node.meta[meta.SECTION] = self.section
-        # Attributes such as `.shape` become nodes where they are used, not where they are written.
-        late = node.op == "placeholder" or node.target is getattr
-        name = None if late else assigned(frame)
-        if isinstance(name, str):
-            node.meta[meta.NAME] = name
-        return node
-
-    def create_arg(self, a: Any) -> Any:
-        """Arguments of nodes; a real tensor among them would fix sizes."""
-        if isinstance(a, torch.Tensor):
-            raise fx.proxy.TraceError(
-                "a tensor made while tracing has fixed sizes; make it from values of the graph"
-            )
-        return super().create_arg(a)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Proxies that know how to name their parts."""
-        return NamedProxy(node, self)
 
 
 @dataclass
@@ -97,14 +34,21 @@ class Trace:
     components: dict[tuple[Any, ...], Component] = field(default_factory=dict)
     records: dict[str, Any] = field(default_factory=dict)
 
-    def component(self, element: Layer, path: Path, role: str) -> Component:
-        """The component of an element, traced with all its programs."""
-        key = (type(element), element.model_dump_json(), path, role)
+    def root(self) -> Component:
+        """The component of the whole model."""
+        return self.component(self.spec.model, ("model",), "other")
+
+    def component(
+        self, element: Layer, path: Path, role: str, width: int | None = None
+    ) -> Component:
+        """The component of an element, traced with all its programs; width as in `child`."""
+        width = getattr(self.spec.model, "d_model", 0) if width is None else width
+        key = (type(element), element.model_dump_json(), path, role, width)
         known = self.components.get(key)
         if known is None:
             known = Component(element, self._class_name(element), path, role)
             for program in element.programs():
-                Builder(self, known, program, role).trace_program()
+                Builder(self, known, program, role, width).trace_program()
             self.components[key] = known
         return known
 
@@ -126,13 +70,16 @@ class Trace:
 class Builder:
     """What an element's method sees: the spec's facts, and ways to own parameters and children."""
 
-    def __init__(self, trace: Trace, component: Component, program: str, role: str) -> None:
+    def __init__(
+        self, trace: Trace, component: Component, program: str, role: str, width: int
+    ) -> None:
         """Prepare to trace one program of a component."""
         self.trace = trace
         self.spec = trace.spec
         self.component = component
         self.program = program
         self.role = role
+        self.width = width  # of the vectors that the component is given
         self.graph = fx.Graph()
         self.tracer = ComponentTracer(self.graph, component.path)
         self.root = nn.Module()
@@ -191,9 +138,14 @@ class Builder:
         path: Path | None = None,
         role: str | None = None,
         program: str | None = None,
+        width: int | None = None,
     ) -> Any:
-        """Call a child component; its own trace decides what it holds and computes."""
-        child = self.trace.component(element, self.path(path), role or self.role)
+        """Call a child component; its own trace decides what it holds and computes.
+
+        width: of the vectors that it is given, this component's own unless given.
+        """
+        wide = self.width if width is None else width
+        child = self.trace.component(element, self.path(path), role or self.role, wide)
         known = self.component.children.setdefault(name, child)
         assert known is child, f"two children called {name}"
         wanted = program or self.program
@@ -331,10 +283,3 @@ _WRONG = (
     *(LookupError, AttributeError),
 )
 _RANDOM = {torch.nn.functional.dropout}
-
-
-def _place(frame: FrameType | None) -> str:
-    """A line of an element's source, as `arch/moe.py:31` or a plug-in's own path."""
-    if frame is None:
-        return ""
-    return f"{short(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moegen.emit.runtime.language_model import load_statistics
+from moegen.emit.runtime.network import load_statistics
 from moegen.observe.rows import MODEL, Key, Row
 
 Series = list[float | None]  # a value for each step, None where there was none

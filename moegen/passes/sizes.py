@@ -55,7 +55,7 @@ def prove_sizes(loaded: Loaded[Any], fusions: tuple[Fusion, ...] = ()) -> None:
     A program is general if no equation between a size and a number had to hold on the way.
     """
     trace = Trace(loaded.spec)
-    root = trace.component(loaded.spec.model, ("model",), "other")
+    root = trace.root()
     fuse(root, fusions)
     environment = ShapeEnv(duck_shape=False, specialize_zero_one=True)
     mode = FakeTensorMode(shape_env=environment)
@@ -63,10 +63,8 @@ def prove_sizes(loaded: Loaded[Any], fusions: tuple[Fusion, ...] = ()) -> None:
     try:
         ids = _symbolic(mode)
         with mode:
-            given = [
-                torch.zeros(ids.shape[0], dtype=torch.int64) for _ in loaded.spec.model.given()
-            ]
-        shapes.run(root, "forward", (ids, None, *given))
+            inputs = loaded.spec.model.examples(*ids.shape)["forward"]({})
+        shapes.run(root, "forward", inputs)
     except Fault as fault:
         note = f"traced at {fault.traced_at}"
         raise PlanError(loaded.problem(fault.path, str(fault), note=note)) from fault

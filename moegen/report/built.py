@@ -20,7 +20,7 @@ _LARGE = 10**9  # parameters from which a model is made without memory for them
 def print_built(screen: Console, plan: Plan, folder: Path, backend: Backend) -> None:
     """Where the package is, how large its files are, what it may lack here, and the next step."""
     counts = count(plan.root, plan.spec.model.tied)
-    screen.print(headline(plan.spec.name, counts))
+    screen.print(headline(plan.spec.name, counts, plan.spec.model.unit))
     heading(screen, Text.assemble("wrote ", plain(folder)))
     rows = table(None, ("file", ">lines", "what"))
     classes = len(plan.components)
@@ -28,6 +28,7 @@ def print_built(screen: Console, plan: Plan, folder: Path, backend: Backend) -> 
         ("model.py", f"{classes} classes; import Model from the package"),
         ("ops.py", f"operations, {backend.name} backend: {backend.summary}"),
         ("runtime.py", f"base class {plan.spec.model.runtime}"),
+        ("network.py", "base class of that: save, load, statistics"),
         ("spec.yaml", "the spec with all that it extends, and overrides"),
     ):
         text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""

@@ -13,18 +13,19 @@ from moegen.report.memory import print_memory
 from moegen.report.parameters import print_parameters
 from moegen.report.screen import note, print_warning
 from moegen.report.work import print_flops
+from moegen.spec.words import article
 
 
-def headline(name: str, counts: Counts) -> Text:
+def headline(name: str, counts: Counts, unit: str) -> Text:
     """A model's name and its size in one line."""
-    active = f"{numbers.count(counts.active)} active for a token"
+    active = f"{numbers.count(counts.active)} active for {article(unit)}"
     return Text.assemble((visible(name), "bold"), f": {numbers.parameters(counts.total)}, {active}")
 
 
 def print_estimate(screen: Console, made: Estimate) -> None:
     """Everything known of one spec at one workload."""
     spec, work, counts = made.plan.spec, made.plan.workload, made.counts
-    screen.print(headline(spec.name, counts))
+    screen.print(headline(spec.name, counts, spec.model.unit))
     longest = getattr(spec.model, "max_sequence", work.sequence)
     if work.sequence > longest:
         beyond = f"{numbers.exact(work.sequence)} tokens are more than its max_sequence"

@@ -40,8 +40,8 @@ def facts(made: Estimate) -> Facts:
         },
         "buffers": counts.buffers,
         "published": _published(made),
-        "flops_per_token": _flops(made),
-        "cache": {"bytes": made.cache_bytes, "bytes_per_token": number(made.cache_bytes_per_token)},
+        f"flops_per_{made.plan.spec.model.unit}": _flops(made),
+        "cache": _cache(made),
         "training_memory": _memory(made.training),
         "inference_memory": _memory(made.inference),
         "eager_training_memory": _memory(made.beside.training) if made.beside else None,
@@ -72,12 +72,19 @@ def _published(made: Estimate) -> Facts | None:
     return {"total": None, "active": None, **figures, "note": found.note}
 
 
+def _cache(made: Estimate) -> Facts | None:
+    """None for models that do not decode."""
+    if made.cache_bytes is None or made.cache_bytes_per_token is None:
+        return None
+    return {"bytes": made.cache_bytes, "bytes_per_token": number(made.cache_bytes_per_token)}
+
+
 def _flops(made: Estimate) -> Facts:
     return {
         "forward": number(made.forward_flops),
         "backward": number(made.training_flops - made.forward_flops),
         "training": number(made.training_flops),
-        "decode": number(made.decode_flops),
+        "decode": None if made.decode_flops is None else number(made.decode_flops),
         "by_role": {
             role: {"forward": number(flops.forward), "backward": number(flops.backward)}
             for role, flops in sorted(made.flops.items())

@@ -78,7 +78,7 @@ def _counted(folder: Path) -> Iterator[tuple[str, ...]]:
 
     for path in sorted(folder.glob("*.yaml")):
         spec = load(path).spec
-        root = Trace(spec).component(spec.model, ("model",), "other")
+        root = Trace(spec).root()
         counts = count(root, spec.model.tied)
         total, active = numbers.count(counts.total), numbers.count(counts.active)
         yield path.stem, total, active, spec.source or ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from moegen.errors import MoegenError, Problem, dotted
@@ -45,8 +46,8 @@ def copies(plan: Plan) -> dict[int, list[str]]:
 
 def layers(names: list[str]) -> list[int]:
     """The layers that call sites are in."""
-    parts = (name.split(".") for name in names)
-    return sorted({int(p[1]) for p in parts if len(p) > 1 and p[1].isdigit()})
+    found = (re.search(r"(?:^|\.)layers\.(\d+)", name) for name in names)
+    return sorted({int(one[1]) for one in found if one})
 
 
 def _paths(name: str) -> tuple[Path, ...]:

@@ -12,18 +12,20 @@ from moegen.report.screen import heading, note, table
 def print_memory(screen: Console, made: Estimate) -> None:
     """All about memory."""
     work = made.plan.workload
-    shape = f"{work.batch} x {numbers.exact(work.sequence)} tokens"
+    decodes = made.cache_bytes is not None
+    shape = made.plan.spec.model.workload(work.batch, work.sequence)
     kept = ", layers checkpointed" if made.checkpointing else ""
     beside, with_ = made.beside, f", {made.backend}" if made.beside else ""
     title = f"Memory for training: {shape}, {made.optimizer}{kept}{with_}"
     _lines(screen, title, made.training, beside.training if beside else None)
-    title = f"Memory for inference: {shape} of context{with_}"
+    title = f"Memory for inference: {shape}{' of context' if decodes else ''}{with_}"
     _lines(screen, title, made.inference, beside.inference if beside else None)
     per_token = made.cache_bytes_per_token
-    screen.print(
-        f"Cache: {numbers.exact(per_token)} bytes for each token; "
-        f"{numbers.size(made.cache_bytes)} for {shape}."
-    )
+    if made.cache_bytes is not None and per_token is not None:
+        screen.print(
+            f"Cache: {numbers.exact(per_token)} bytes for each token; "
+            f"{numbers.size(made.cache_bytes)} for {shape}."
+        )
     note(
         screen,
         "On one device. exact: follows from the spec; bound: at most this; assumed: a round "

@@ -11,9 +11,6 @@ from moegen.arch.account import Account, accounts
 from moegen.arch.spec import Spec
 from moegen.emit.words import ranges
 from moegen.report.screen import heading, note, plain, table
-from moegen.spec.words import counted
-
-LONGEST = 4096  # tokens of a sequence, unless asked for
 
 
 def routing_facts(source: Source, overrides: Overrides, batch: int, sequence: int | None) -> Any:
@@ -32,15 +29,14 @@ def print_routing(
 ) -> None:
     """A table for each distinct routed layer, with a row for each part."""
     spec, length = _loaded(source, overrides, sequence)
-    model: Any = spec.model
     found = accounts(spec, batch, length)
-    size = f"{counted(batch, 'sequence')} of {counted(length, 'token')}"
+    size = spec.model.workload(batch, length)
     if not found:
         screen.print(plain(f"{spec.name} has no routed layers"))
         return
     note(screen, plain(f"{spec.name}, numbers for a batch of {size}"))
     for one in found:
-        heading(screen, plain(f"{_where(one, len(model.blocks()))}: {one.title}"))
+        heading(screen, plain(f"{_where(one, spec.model.depth(one.stack))}: {one.title}"))
         rows = table(None, ("part", "what happens"))
         rows.show_header = False
         for said in one.parts:
@@ -50,12 +46,13 @@ def print_routing(
 
 def _where(account: Account, depth: int) -> str:
     layers = list(account.layers)
-    return f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)} of {depth}"
+    stack = f"{account.stack} " if account.stack else ""
+    return f"{stack}layer{'s' if len(layers) > 1 else ''} {ranges(layers)} of {depth}"
 
 
 def _loaded(source: Source, overrides: Overrides, sequence: int | None) -> tuple[Spec, int]:
     spec = load(source, overrides).spec
-    return spec, sequence or min(LONGEST, spec.model.max_sequence)
+    return spec, spec.model.length(sequence)
 
 
 def _facts(account: Account) -> dict[str, Any]:
@@ -63,4 +60,5 @@ def _facts(account: Account) -> dict[str, Any]:
         {"part": said.part, "kind": said.kind, "sentences": list(said.sentences)}
         for said in account.parts
     ]
-    return {"layers": list(account.layers), "title": account.title, "parts": parts}
+    facts = {"layers": list(account.layers), "title": account.title, "parts": parts}
+    return {"stack": account.stack, **facts} if account.stack else facts

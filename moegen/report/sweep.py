@@ -26,7 +26,7 @@ class Row:
     active: int
     flops: Fraction
     training: int
-    cache: Fraction
+    cache: Fraction | None
     fits: tuple[bool, bool] | None
 
     @classmethod
@@ -76,8 +76,8 @@ def print_sweep(
     screen.print(made)
     note(
         screen,
-        "FLOPs: of a token's forward pass. training: memory on one device. cache: bytes for each "
-        f"token of context. {numbers.BYTES_NOTE}.",
+        "FLOPs: of a forward pass for one token (or image). training: memory on one device. cache: "
+        f"bytes for each token of context. {numbers.BYTES_NOTE}.",
     )
     if gpu:
         note(screen, f"trains, serves: whether one {gpu} holds it.")
@@ -90,7 +90,7 @@ def _add(made: Any, row: Row) -> None:
         numbers.count(row.active),
         numbers.flops(row.flops),
         f"{row.training / 1e9:,.2f} GB",
-        f"{numbers.exact(row.cache)} B",
+        "-" if row.cache is None else f"{numbers.exact(row.cache)} B",
         *("yes" if fits else "no" for fits in row.fits or ()),
     )
 

@@ -13,12 +13,12 @@ from moegen.report.screen import note, table
 
 
 def print_flops(screen: Console, made: Estimate) -> None:
-    """FLOPs of a token in training, and of a new token in decoding."""
+    """FLOPs of a token, an image, ... in training, and of a new token in decoding."""
     forward, training = made.forward_flops, made.training_flops
     backward = training - forward
     columns = ("role", ">forward", ">backward", ">training", ">share")
     footer = ("total", *map(numbers.flops, (forward, backward, training)), "")
-    rows = table("FLOPs per token", columns, footer=footer)
+    rows = table(f"FLOPs per {made.plan.spec.model.unit}", columns, footer=footer)
     parts = {role: (f.forward, f.backward) for role, f in made.flops.items()}
     for role, pair in sorted(parts.items(), key=lambda part: part[1], reverse=True):
         both = sum(pair, Fraction(0))
@@ -30,16 +30,17 @@ def print_flops(screen: Console, made: Estimate) -> None:
 
 
 def _notes(screen: Console, made: Estimate) -> None:
-    length = numbers.exact(made.plan.workload.sequence)
-    note(
-        screen,
-        f"A multiply-accumulate is 2 FLOPs. Attention counts the pairs that the causal mask, and a "
-        f"window if any, lets through: the mean over a sequence of {length} tokens.",
+    model, length = made.plan.spec.model, numbers.exact(made.plan.workload.sequence)
+    pairs = (
+        " Attention counts the pairs that the causal mask, and a window if any, lets through: the "
+        f"mean over a sequence of {length} tokens."
     )
-    moe = getattr(made.plan.spec.model, "moe", None)
-    if moe is not None and moe.capacity is not None:
+    decodes = made.decode_flops is not None
+    note(screen, f"A multiply-accumulate is 2 FLOPs.{pairs if decodes else ''}")
+    if any(one.moe.capacity for one in model.routed()):
         note(screen, "Routed experts count as if capacity refused nothing: at most so much.")
     if made.checkpointing:
         note(screen, "Backward includes the layers' second forward pass (--checkpointing).")
-    decode = numbers.work(made.decode_flops)
-    screen.print(f"Decoding one token in a cache of {length} positions: {decode}.")
+    if made.decode_flops is not None:
+        decode = numbers.work(made.decode_flops)
+        screen.print(f"Decoding one token in a cache of {length} positions: {decode}.")

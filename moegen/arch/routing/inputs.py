@@ -86,6 +86,6 @@ class IdInput(RouterInput):
 
     def seen(self, b: Builder, tokens: Any, site: Site) -> Any:
         """The vector of each token's id."""
-        width = b.spec.model.d_model
+        width = b.width
         table = b.param(f"{self.id}_embedding", self.count, width, role="router")
         return F.embedding(site.ids[self.id], table)

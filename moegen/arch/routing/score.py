@@ -117,7 +117,7 @@ class CosineScore(Score):
     def logits(self, b: Builder, tokens: Any, site: Site) -> Any:
         """Cosines, sharpened."""
         dtype = b.spec.precision.router_dtype
-        width = b.spec.model.d_model
+        width = b.width
         seen = tokens.to(dtype) if dtype != b.spec.precision.compute_dtype else tokens
         facts: dict[str, Any] = {"dtype": dtype, "role": "router"}
         if self.dim:
@@ -158,7 +158,7 @@ class _DensityScore(Score):
 
     def logits(self, b: Builder, tokens: Any, site: Site) -> Any:
         """Logarithms of joint densities, without what is the same for all experts."""
-        dtype, width = b.spec.precision.router_dtype, b.spec.model.d_model
+        dtype, width = b.spec.precision.router_dtype, b.width
         facts: dict[str, Any] = {"dtype": dtype, "role": "router"}
         seen = tokens.to(dtype) if dtype != b.spec.precision.compute_dtype else tokens
         means = b.param("router", site.choices, width, **facts)

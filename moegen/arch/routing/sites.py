@@ -16,7 +16,7 @@ from moegen.ops.experts import grouped_bias, grouped_linear
 
 def one_matrix(b: Builder, x: Any, name: str, n: int, bias: bool = False) -> Any:
     """x [T, d] times one matrix for all tokens."""
-    dtype, width = b.spec.precision.router_dtype, b.spec.model.d_model
+    dtype, width = b.spec.precision.router_dtype, b.width
     weight = b.param(name, n, width, dtype=dtype, role="router")
     added = None
     if bias:
@@ -28,7 +28,7 @@ def matrix_of_id(ids: Any, count: int) -> Linear:
     """x [T, d] times the matrix of each token's id, ids [T] below count."""
 
     def linear(b: Builder, x: Any, name: str, n: int, bias: bool = False) -> Any:
-        dtype, width = b.spec.precision.router_dtype, b.spec.model.d_model
+        dtype, width = b.spec.precision.router_dtype, b.width
         weight = b.param(name, count, n, width, dtype=dtype, role="router")
         every = F.linear(_as_router(b, x), weight.flatten(0, 1))
         own = torch.unflatten(every, -1, (count, n)).gather(1, ids.view(-1, 1, 1).expand(-1, 1, n))
@@ -48,7 +48,7 @@ def matrix_of_expert(ends: Any, experts: int, active: Fraction) -> Linear:
     """
 
     def linear(b: Builder, x: Any, name: str, n: int, bias: bool = False) -> Any:
-        dtype, width = b.spec.precision.router_dtype, b.spec.model.d_model
+        dtype, width = b.spec.precision.router_dtype, b.width
         name = f"inner_{name}"
         facts: dict[str, Any] = {"dtype": dtype, "role": "router", "active": active}
         weight = b.param(name, experts, n, width, **facts)

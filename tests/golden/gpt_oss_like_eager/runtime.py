@@ -1,22 +1,18 @@
-"""What a decoder-only model can do beside its network: generate, save, load, checkpoint."""
+"""What a decoder-only model can do beside its network: train and generate."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
+
+from .network import Network
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Network):
     """Base of a model that has `forward`, `loss`, `step` and `new_cache`."""
-
-    layers: Any
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the next token; label -100 is left out."""
@@ -43,15 +39,7 @@ class LanguageModel(nn.Module):
         """Next-token loss of ids [B, S] plus the auxiliary losses, and the Output itself."""
         output = self(ids, mask, **given)
         labels = ids if mask is None else ids.masked_fill(~mask.bool(), -100)
-        total = self.loss(output.logits, labels)
-        for value in getattr(output, "losses", {}).values():
-            total = total + value
-        return total, output
-
-    def checkpoint_layers(self, every: int = 1) -> None:
-        """Recompute every so many layers in the backward pass instead of keeping them."""
-        for layer in list(self.layers)[::every]:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        return self.total_loss(self.loss(output.logits, labels), output), output
 
     @torch.no_grad()
     def stream(
@@ -86,88 +74,6 @@ class LanguageModel(nn.Module):
         """The prompts ids [B, S] with new_tokens more tokens, [B, S + new_tokens]."""
         new = list(self.stream(ids, new_tokens, temperature, top_k, **given))
         return torch.cat([ids, *(token.unsqueeze(-1) for token in new)], dim=1)
-
-    def save(self, path: str | Path) -> None:
-        """Write parameters and persistent buffers to a safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
-
-        target = Path(path)
-        partial_file = target.with_name(f"{target.name}.partial")
-        try:
-            save_file(
-                {k: v.contiguous() for k, v in self.state_dict().items()}, partial_file
-            )
-            partial_file.replace(target)
-        finally:
-            partial_file.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
-        """A model with the parameters of a safetensors file; any name amiss is an error."""
-        from safetensors.torch import load_file
-
-        with torch.device("meta"):
-            model = cls()
-        model.to_empty(device=device)
-        for module in model.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-        model.load_state_dict(load_file(path, device=str(device)), strict=True)
-        return model
-
-    def num_parameters(self) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters())
-
-    def routed_layers(self) -> list[int]:
-        """The layers that are routed, counted from 0, in the order of Output's routing."""
-        return [i for i, layer in enumerate(self.layers) if hasattr(layer, "moe")]
-
-    @staticmethod
-    def statistics(routing: Iterable[Any]) -> list[dict[str, Tensor]]:
-        """Scalars [] of every routed layer from an Output's routing.
-
-        Those of `load_statistics`, dropped (fraction of choices), and router_entropy
-        (nats, mean over real tokens) where the model has it. None leaves the device.
-        """
-        layers = []
-        for record in routing:
-            values = {
-                **load_statistics(record.load),
-                "dropped": record.dropped.detach(),
-            }
-            entropy = getattr(record, "entropy", None)
-            if entropy is not None:
-                values["router_entropy"] = entropy.detach()
-            layers.append(values)
-        return layers
-
-
-def load_statistics(load: Tensor) -> dict[str, Tensor]:
-    """How evenly load [..., E], tokens or choices of each expert, is spread: values [...].
-
-    max_over_mean and min_over_mean: the busiest and the idlest expert's load over the
-    mean load; both are 1 if it is even. cv2: population variance over squared mean.
-    normalised_entropy: of the shares of load, over ln E; 1 if even, as one expert always
-    is. unused: experts without a token. Without any load all but unused are 0. Nothing
-    leaves the device.
-    """
-    load = load.detach().to(torch.promote_types(load.dtype, torch.float32))
-    experts = load.shape[-1]
-    total = load.sum(-1, keepdim=True)
-    shares = load / total.where(total > 0, 1)
-    ratios = shares * experts
-    entropy = torch.special.entr(shares).sum(-1)  # 0 ln 0 is 0
-    return {
-        "max_over_mean": ratios.amax(-1),
-        "min_over_mean": ratios.amin(-1),
-        "cv2": ratios.var(-1, correction=0),
-        "normalised_entropy": (
-            entropy / math.log(experts) if experts > 1 else ratios[..., 0]
-        ),
-        "unused": (load == 0).sum(-1),
-    }
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
