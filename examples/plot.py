@@ -6,20 +6,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from examples.train_tiny import History
 
 SMOOTH = 20  # steps that a point of the training curve averages
+DPI = 120
 
 
-def save_plot(history: History, place: Path) -> Path | None:
-    """Draw the history into a PNG; nothing without matplotlib."""
+def canvas(width: float, height: float) -> Figure | None:
+    """An empty figure of so many inches that needs no display; None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def save_plot(history: History, place: Path) -> Path | None:
+    """Draw the history into a PNG; nothing without matplotlib."""
+    figure = canvas(11, 4)
+    if figure is None:
+        return None
     losses, loads = figure.subplots(1, 2)
     numbers = range(1, len(history.steps) + 1)
     losses.plot(numbers, smoothed([s.loss for s in history.steps]), label="training")
@@ -33,7 +44,7 @@ def save_plot(history: History, place: Path) -> Path | None:
         loads.plot(routing.steps, smoothed(ratios), label=f"layer {layer.name}")
     loads.set(xlabel="step", ylabel="busiest expert's load over the mean", ylim=(1, None))
     loads.legend()
-    figure.savefig(place, dpi=120)
+    figure.savefig(place, dpi=DPI)
     return place
 
 
