@@ -51,12 +51,13 @@ def accounts(spec: Spec, batch: int, sequence: int) -> list[Account]:
 
 def account_of(setting: Setting) -> Iterator[Said]:
     """What the parts of one layer say, in a token's order."""
-    for name, part in _parts(setting.moe):
-        said = tuple(part.says(setting))
+    for name, part in (*_parts(setting.moe), ("masking", setting.spec.train.masking)):
+        said = tuple(part.says(setting)) if part else ()
         if said:
             yield Said(name, getattr(part, "kind", None), said)
-    yield Said("decoding", None, tuple(_decoding(setting.moe)))
-    yield Said("causality", None, tuple(_causality(setting.moe)))
+    if "step" in setting.spec.model.programs():
+        yield Said("decoding", None, tuple(_decoding(setting.moe)))
+        yield Said("causality", None, tuple(_causality(setting.moe)))
 
 
 def _parts(moe: MoE) -> Iterator[tuple[str, Element]]:

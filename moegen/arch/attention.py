@@ -47,6 +47,7 @@ class Attention(Kinds, Layer):
     """How positions exchange information. Programs: forward, step (with cache), new_cache."""
 
     default_kind: ClassVar[str | None] = "gqa"
+    causal: ClassVar[bool] = True  # no position sees later ones
 
     heads: int = Field(ge=1, le=10**6, description="query heads")
     rope: Rope | None = Field(Rope(), description="rotary position embedding, or null")
@@ -257,3 +258,35 @@ class GroupedQueryAttention(Attention):
         bias = b.param("output_bias", d_model, init=ZEROS) if self.bias == "all" else None
         weight = b.param("output", d_model, inner)
         return F.linear(out.transpose(1, 2).flatten(2), weight, bias)
+
+
+class BidirectionalAttention(GroupedQueryAttention):
+    """Attention in which every position sees all of its sequence, as encoders have it."""
+
+    kind: Literal["bidirectional"] = "bidirectional"  # type: ignore[assignment]
+    causal: ClassVar[bool] = False
+    rope: Rope | None = Field(None, description="rotary position embedding, or null")
+
+    def rules(self) -> Iterator[tuple[Path, str]]:
+        """What a view of everything leaves no use for."""
+        yield from super().rules()
+        for name in ("window", "sinks", "softcap"):
+            if getattr(self, name):
+                yield (name,), f"{name} is for causal attention here; remove it"
+
+    def programs(self) -> tuple[str, ...]:
+        """It sees later positions, so there is no decoding."""
+        return ("forward",)
+
+    def forward(self, b: Builder, x: Any, context: Any) -> Any:
+        """x [B, S, d] to [B, S, d]."""
+        q, k, v = self._project(b, x, context)
+        return self._merge(b, F.scaled_dot_product_attention(q, k, v, **self._options()))
+
+
+def bidirectional(attention: Attention) -> Attention:
+    """The attention of an encoder from a section that does not say its kind; itself otherwise."""
+    if type(attention) is not GroupedQueryAttention or "kind" in attention.model_fields_set:
+        return attention
+    said = {name: getattr(attention, name) for name in attention.model_fields_set}
+    return BidirectionalAttention(**said)

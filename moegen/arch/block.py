@@ -38,10 +38,10 @@ class Block(Layer):
         return f"Attention and {part}, each on a residual branch."
 
     def programs(self) -> tuple[str, ...]:
-        """Training, decoding and its cache."""
+        """Those of its attention, and the balance bias's update."""
         balanced = self.moe and self.moe.router.balance_bias
         update = ("update_balance",) if balanced else ()
-        return ("forward", "step", "new_cache", *update)
+        return (*self.attention.programs(), *update)
 
     def forward(self, b: Builder, x: Any, context: Any) -> Any:
         """x [B, S, d] to [B, S, d], and the routing records of this layer."""

@@ -77,6 +77,9 @@ class Decoder(Model):
 
     def rules(self) -> Iterator[tuple[Path, str]]:
         """What the parts need of the whole."""
+        if not self.attention.causal:
+            kind = self.attention.kind
+            yield ("attention", "kind"), f"{kind} attention sees later tokens; a decoder needs gqa"
         yield from self.stack().rules()
         if self.moe is None:
             return

@@ -18,6 +18,7 @@ from moegen.graph.component import Buffer, Component, Init, Weight, attach
 from moegen.graph.fault import Fault, raised_at
 from moegen.graph.layer import Layer
 from moegen.graph.names import assigned, author_frame
+from moegen.graph.reach import drop_unreached
 from moegen.graph.tracer import ComponentTracer
 from moegen.ops.op import op_of
 from moegen.spec.element import Element, Path
@@ -36,7 +37,9 @@ class Trace:
 
     def root(self) -> Component:
         """The component of the whole model."""
-        return self.component(self.spec.model, ("model",), "other")
+        made = self.component(self.spec.model, ("model",), "other")
+        drop_unreached(made)
+        return made
 
     def component(
         self, element: Layer, path: Path, role: str, width: int | None = None
