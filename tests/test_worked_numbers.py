@@ -11,7 +11,6 @@ from worked_numbers import BESIDE, CASES, COVERED
 HERE = Path(__file__).parent
 
 PROCEDURE = "a training procedure of its own: emitted models are trained by gradients"
-LIKELIHOOD = "the likelihood of a mixture that is the whole model, which has no routed layer"
 CALL = "arithmetic of a paper, not of a layer"
 AFTER = "changes a trained model; nothing that is emitted does"
 DEVICES = "execution on several devices; emitted models are for one"
@@ -22,7 +21,6 @@ LEFT_OUT: dict[str, str] = {
     "hme1994-mstep-wls": PROCEDURE,
     "eigen2013-running-assignment-constraint": "gates by totals over all examples seen so far, "
     "which no layer of the language keeps",
-    "gp-mixture-moments": LIKELIHOOD,
     "gshard-top2-importance": "importance of tokens for the inner level of Mesh-TensorFlow's 2-D "
     "layer; routers inside experts here judge rows by their logits alone",
     "fastmoe-switch-loss-quirk": "a fault of FastMoE: fractions and means are divided by survivors",
@@ -32,9 +30,7 @@ LEFT_OUT: dict[str, str] = {
     "fine-grained-combinatorics": CALL,
     "mixtral-parameter-count": COUNTED,
     "model-parameter-counts": COUNTED,
-    "mmoe-synthetic-data": "makes data, not a layer",
     "chen2022-double-softmax-floor": "a fault of the paper's notebooks: two softmaxes in a row",
-    "chen2022-dispatch-entropy": "compares experts with clusters that a model does not know",
     "chen2022-normalised-gd": PROCEDURE,
     "task-moe-subnetwork": AFTER,
     "finetune-trainable-masks": "what is trained is for the optimizer, which is not emitted",

@@ -36,7 +36,9 @@ def curves(runs: Sequence[Run]) -> Figure | None:
         _panel(axes, panel, runs, training=panel == "training loss")
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    grid[len(panels) - 1].legend(fontsize="x-small")
+    drawn = [axes for axes in grid[: len(panels)] if axes.lines]
+    if drawn:
+        drawn[-1].legend(fontsize="x-small")
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 from rich.console import Group
 from rich.table import Table
@@ -20,19 +21,20 @@ def report(results: Results) -> Group:
 
 
 def systems(results: Results) -> Table:
-    """A line for each system: what it has, what it reached on rows held out, seconds to train."""
-    groups = by_name(results.runs)
+    """A line for each system: what it has, what it reached on rows held out, seconds to train.
+
+    A column that no system has anything for is left out.
+    """
     names = list(dict.fromkeys(name for run in results.runs for name in run.final))
+    heads = ["system", "parameters", "active", "kFLOPs", *names, "seconds"]
+    lines = [_line(name, runs, names) for name, runs in by_name(results.runs).items()]
+    told = [any(cells) for cells in zip(*lines, strict=True)]
     table = Table(title="held-out results")
-    table.add_column("system", no_wrap=True)
-    for head in ("parameters", "active", "kFLOPs", *names, "seconds"):
-        table.add_column(head, justify="right")
-    for system, runs in groups.items():
-        first = runs[0]
-        flops = "" if first.flops is None else f"{first.flops / 1e3:,.1f}"
-        measured = [_mean([run.final[n] for run in runs if n in run.final]) for n in names]
-        counts = (_count(first.parameters), _count(first.active))
-        table.add_row(system, *counts, flops, *measured, _seconds(runs))
+    for head in compress(heads, told):
+        name = head == "system"
+        table.add_column(head, justify="left" if name else "right", no_wrap=not name)
+    for line in lines:
+        table.add_row(*compress(line, told))
     return table
 
 
@@ -46,6 +48,16 @@ def claims(found: Sequence[Claim]) -> Table:
     return table
 
 
+def _line(name: str, runs: Sequence[Run], measures: Sequence[str]) -> list[str]:
+    """The cells of one system; counts are those of its first run."""
+    first = runs[0]
+    flops = "" if first.flops is None else f"{first.flops / 1e3:,.1f}"
+    measured = [_mean([run.final[n] for run in runs if n in run.final]) for n in measures]
+    seconds = sum(run.seconds for run in runs) / len(runs)
+    counts = (_count(first.parameters), _count(first.active))
+    return [name, *counts, flops, *measured, f"{seconds:.1f}"]
+
+
 def _mean(values: list[float]) -> str:
     """The mean, and with several values what they vary by."""
     if not values:
@@ -56,7 +68,3 @@ def _mean(values: list[float]) -> str:
 
 def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
-
-
-def _seconds(runs: Sequence[Run]) -> str:
-    return f"{sum(run.seconds for run in runs) / len(runs):.1f}"
