@@ -173,8 +173,9 @@ def _training(plan: Plan, forward: Summary, optimizer: str, checkpointing: bool)
     loss = plan.costs["loss"]
     held = list(weights(plan.root))
     parameters = sum(w.bytes * n for w, n in held)
-    gradients = sum(scheme.gradient(w) * n for w, n in held)
-    state = sum(scheme.state(w) * n for w, n in held)
+    trained = [(w, n) for w, n in held if w.trained]
+    gradients = sum(scheme.gradient(w) * n for w, n in trained)
+    state = sum(scheme.state(w) * n for w, n in trained)
     saved = forward.saved + size(plan.results["forward"][0]) + loss.saved
     peak = max(forward.peak_forward, loss.peak_forward, loss.peak_backward, forward.peak_backward)
     kept = "layers' inputs and what lies outside layers" if checkpointing else "each tensor once"
@@ -232,7 +233,9 @@ def _advice(made: Estimate, gpu: Gpu, training: bool, inference: bool) -> Iterat
             yield "a smaller --batch: saved activations alone are more than what is missing"
         for name, scheme in OPTIMIZERS.items():
             state = sum(
-                (scheme.state(w) + scheme.gradient(w)) * n for w, n in weights(made.plan.root)
+                (scheme.state(w) + scheme.gradient(w)) * n
+                for w, n in weights(made.plan.root)
+                if w.trained
             )
             less = lines["optimizer state"] + lines["gradients"] - state
             if less >= over > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,11 +11,15 @@ from moegen.graph.component import Component
 
 @dataclass(frozen=True)
 class Share:
-    """Parameters of one role: how many, how many of them a token uses, and their size in memory."""
+    """Parameters of one role: how many, how many of them a token uses, and their size in memory.
+
+    trained: how many of them the spec's phase of training moves.
+    """
 
     count: int
     active: int
     bytes: int
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,16 @@ class Counts:
     active_without_embeddings: int
     buffers: int
 
+    @property
+    def trained(self) -> int:
+        """Parameters that are not frozen."""
+        return sum(share.trained for share in self.by_role.values())
+
 
 def count(root: Component, tied: bool) -> Counts:
     """The parameters of a model; `tied` where its head uses the embedding's table."""
-    by_role = {role: Share(*share) for role, share in root.totals().items()}
+    trained = _trained(root)
+    by_role = {role: Share(*said, trained[role]) for role, said in root.totals().items()}
     active = sum(share.active for share in by_role.values())
     embedding, head = (by_role[r].count if r in by_role else 0 for r in ("embedding", "head"))
     return Counts(
@@ -47,6 +58,15 @@ def count(root: Component, tied: bool) -> Counts:
         active_without_embeddings=active - embedding - head,
         buffers=_buffers(root),
     )
+
+
+def _trained(root: Component) -> Counter[str]:
+    """Parameters that are trained, by role, over all call sites."""
+    found: Counter[str] = Counter()
+    for _, component in root.walk():
+        for weight in component.weights.values():
+            found[weight.role] += weight.count if weight.trained else 0
+    return found
 
 
 def _buffers(root: Component) -> int:

@@ -47,7 +47,8 @@ class Plan:
     @property
     def warnings(self) -> tuple[Problem, ...]:
         """What is allowed but seldom meant, each with its place."""
-        found = self.spec.warnings()
+        idle = self.spec.train.idle(self.root.totals())
+        found = (*self.spec.warnings(), *((("train", *path), said) for path, said in idle))
         return tuple(Problem(text, self.mark(path), path) for path, text in found)
 
     def mark(self, path: Path) -> Mark | None:
@@ -66,6 +67,8 @@ def lower(loaded: Loaded[Spec], workload: Workload, fusions: tuple[Fusion, ...] 
     trace = Trace(spec)
     try:
         root = trace.root()
+        for path, sentence in spec.train.broken(root.totals()):
+            raise PlanError(Problem(sentence, locate(marks, ("train", *path)), ("train", *path)))
         mode = FakeTensorMode()
         results: dict[str, Any] = {}
         costs: dict[str, Summary] = {}
@@ -78,9 +81,11 @@ def lower(loaded: Loaded[Spec], workload: Workload, fusions: tuple[Fusion, ...] 
                     example = inputs(results)
                 results[program] = Shapes(mode).run(root, program, example)
                 verify(root, program)
-                costs[program] = Costs().of(root, program)
+                given = frozenset[str]() if program == "forward" else None  # data has no gradient
+                costs[program] = Costs().of(root, program, given)
                 if program == "forward":
-                    costs["forward, checkpointed"] = Costs(("layers",)).of(root, program)
+                    again = Costs(("layers",)).of(root, program, given)
+                    costs["forward, checkpointed"] = again
     except Fault as error:
         raise PlanError(_problem(error, marks)) from error
     return Plan(spec, root, workload, trace.records, results, costs, marks, loaded.data, fusions)

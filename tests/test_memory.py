@@ -27,7 +27,8 @@ from moegen.ops import attention, losses
 from moegen.ops.op import op_of
 from moegen.ops.torch_costs import SAVES
 from moegen.optimizers import OPTIMIZERS
-from moegen.passes.cost import Costs, _gradients
+from moegen.passes.cost import Costs
+from moegen.passes.gradients import floating_inputs
 from moegen.passes.refs import size
 from moegen.passes.shapes import Shapes
 from moegen.planner import Plan
@@ -237,7 +238,8 @@ def test_every_function_keeps_what_is_declared(name: str) -> None:
 def torch_functions(component: Component) -> set[str]:
     """Names of torch's own functions and methods in the forward pass that gradients go through."""
     nodes = list(component.programs["forward"].graph.nodes)
-    flows = _gradients(nodes, component)
+    inputs = floating_inputs(component, "forward")
+    flows = Costs().program(component, "forward", inputs).grads
     calls = (n for n in nodes if n.op in ("call_function", "call_method") and flows[n])
     return {word(n.target) for n in calls if not op_of(n.target) and not is_record(n.target)}
 

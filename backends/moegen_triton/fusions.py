@@ -33,8 +33,8 @@ def check_formats(component: Component, graph: fx.Graph) -> None:
 
 
 def weight_behind(component: Component, node: Any) -> Weight:
-    """The parameter that a node is, or is a copy of in another format."""
-    while node.op == "call_method":
+    """The parameter that a node is, or has the values of: in another format, or scaled backward."""
+    while node.op != "get_attr":
         node = node.args[0]
     return component.weights[str(node.target)]
 

@@ -291,12 +291,13 @@ class MoE(Layer):
         self, b: Builder, tokens: Any, routed: Routed, training: bool
     ) -> tuple[Any, Decided | None]:
         """tokens [T, d] to the weighted sum of their experts' outputs [T, d], and the rest."""
-        precision = b.spec.precision
+        precision, masking = b.spec.precision, b.spec.train.masking
         with b.section("experts"):
             rows = routed.rows(tokens)
             if precision.expert_dtype != precision.compute_dtype:
                 rows = rows.to(precision.expert_dtype)
             rows, inside = compute(b, self, rows, routed, training)
+            rows = masking.of_rows(b, rows) if masking else rows
         with b.section("combine"):
             out = routed.restore(rows)
             if precision.expert_dtype != precision.compute_dtype:
@@ -306,6 +307,7 @@ class MoE(Layer):
                 if precision.router_dtype != precision.compute_dtype:
                     through = through.to(precision.compute_dtype)
                 out = out + through * tokens
+            out = masking.of_tokens(b, out) if masking else out
             if self.shared:
                 out = out + self._shared(b, tokens)
             if self.residual:

@@ -30,7 +30,8 @@ class Classes:
     """Prints the distinct components of a plan, children first.
 
     docs gives a class its docstring; bases names what the last class, the model, derives from;
-    default is the dtype that need not be said; said describes records and their fields.
+    default is the dtype that need not be said; said describes records and their fields; parts is
+    what the model says of its parameters.
     """
 
     docs: Docs
@@ -38,6 +39,7 @@ class Classes:
     default: torch.dtype
     records: dict[str, type[tuple[Any, ...]]]
     said: Mapping[str, tuple[str, Mapping[str, str]]]
+    parts: list[str]
     ops: set[str] = field(default_factory=set)
     plain: dict[int, set[str]] = field(default_factory=dict)
 
@@ -71,6 +73,8 @@ class Classes:
     def _class(self, component: Component, last: bool) -> str:
         base = self.base if last else "nn.Module"
         lines = [f"class {component.class_name}({base}):", *_docstring(self.docs(component), 4), ""]
+        if last and self.parts:
+            lines += [*self.parts, ""]
         if component.buffers:
             lines += [*(f"    {name}: Tensor" for name in component.buffers), ""]
         lines += self._constructor(component)
@@ -91,7 +95,8 @@ class Classes:
     def _constructor(self, component: Component) -> list[str]:
         lines = ["    def __init__(self) -> None:", "        super().__init__()"]
         for name, weight in component.weights.items():
-            made = f"torch.empty({self._sizes(weight)})"
+            frozen = "" if weight.trained else ", requires_grad=False"
+            made = f"torch.empty({self._sizes(weight)}){frozen}"
             lines += lay_out(f"self.{name} = nn.Parameter({made})", 8)
         for name, buffer in component.buffers.items():
             lines += lay_out(self._register(name, buffer), 8)

@@ -13,6 +13,7 @@ from typing import Any
 
 from moegen.backend import Backend
 from moegen.emit.classes import RECORDS, Classes
+from moegen.emit.parts import table
 from moegen.emit.words import class_docs, model_docs
 from moegen.planner import Plan
 from moegen.spec.load import resolved_yaml
@@ -43,6 +44,7 @@ def package(plan: Plan, backend: Backend) -> Package:
         default=plan.spec.precision.parameter_dtype,
         records=dict(plan.records),
         said={**RECORDS, **plan.spec.model.records},
+        parts=table(plan),
     )
     body = classes.text(plan.components)
     files = {
@@ -106,8 +108,9 @@ def _model(plan: Plan, classes: Classes, body: str) -> str:
     typing = f"from typing import {', '.join(typed)}\n\n" if typed else ""
     ours = _import_ops(sorted(classes.ops & _mentioned(body, classes.ops)))
     base = f"from .runtime import {plan.spec.model.runtime}\n"
+    part = "from .network import Part\n" if classes.parts else ""
     head = f'"""{model_docs(plan)}\n"""\n\nfrom __future__ import annotations\n\n'
-    return f"{head}{typing}{imports}\n{ours}{base}\n\n{body}\n"
+    return f"{head}{typing}{imports}\n{part}{ours}{base}\n\n{body}\n"
 
 
 def _mentioned(body: str, names: set[str]) -> set[str]:

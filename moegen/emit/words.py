@@ -15,6 +15,9 @@ _LAYER = re.compile(r"(?:([\w.]+)\.)?layers\.(\d+)")  # a call site in a stack
 def class_docs(plan: Plan, component: Component) -> str:
     """A class's docstring: its summary, the place in the spec, and the layers it stands in."""
     parts = [component.element.describe(plan.spec)]
+    trained = plan.spec.train.account()
+    if component is plan.root and trained:
+        parts.append(trained)
     place = _place(plan, component)
     layers = _layers(plan, component)
     if place or layers:

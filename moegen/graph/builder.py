@@ -20,6 +20,7 @@ from moegen.graph.layer import Layer
 from moegen.graph.names import assigned, author_frame
 from moegen.graph.reach import drop_unreached
 from moegen.graph.tracer import ComponentTracer
+from moegen.ops.gradients import scale_gradient
 from moegen.ops.op import op_of
 from moegen.spec.element import Element, Path
 
@@ -109,9 +110,11 @@ class Builder:
         kept = dtype or self.spec.precision.parameter_dtype
         used = compute or (dtype or self.spec.precision.compute_dtype)
         start = init or self.spec.init.of(shape, role, name)
-        weight = Weight(shape, kept, role, start, active)
+        weight = Weight(shape, kept, role, start, active, self.spec.train.trains(role))
         assert self.component.weights.setdefault(name, weight) == weight, name
-        proxy = self._attribute(name)
+        proxy: Any = self._attribute(name)
+        gradient = self.spec.train.rates_of(role).gradient
+        proxy = proxy if gradient == 1 else scale_gradient(proxy, gradient)
         return proxy if kept == used else proxy.to(used)
 
     def buffer(

@@ -42,6 +42,7 @@ class Weight:
     """A parameter: shape, dtype, what it is for, and how it starts.
 
     active: the fraction of it that one token uses; less than 1 for routed experts only.
+    trained: whether this phase of training moves it.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Weight:
     role: str
     init: Init
     active: Fraction = Fraction(1)
+    trained: bool = True
 
     @property
     def count(self) -> int:

@@ -58,7 +58,7 @@ class Executable(nn.Module):
         self.component = component
         for name, weight in component.weights.items():
             value = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-            self.register_parameter(name, nn.Parameter(value))
+            self.register_parameter(name, nn.Parameter(value, requires_grad=weight.trained))
         for name, made in component.buffers.items():
             value = made.make(**dict(made.arguments)).to(device)
             self.register_buffer(name, value, persistent=made.persistent)

@@ -211,6 +211,7 @@ def _run(
 @op(
     flops=lambda *args, **named: routed_work(*args, **named).flops,
     backward=lambda *args, **named: routed_work(*args, **named).backward,
+    shares=lambda *args, **named: routed_work(*args, **named).shares,
     saves=lambda *args, **named: routed_work(*args, **named).saves,
     extra=lambda *args, **named: routed_work(*args, **named).extra,
     inside=lambda *args, **named: routed_work(*args, **named).inside,
@@ -246,6 +247,7 @@ def routed_feed_forward(
 @op(
     flops=lambda *args, **named: grouped_work(*args, **named).flops,
     backward=lambda *args, **named: grouped_work(*args, **named).backward,
+    shares=lambda *args, **named: grouped_work(*args, **named).shares,
     saves=lambda *args, **named: grouped_work(*args, **named).saves,
     extra=lambda *args, **named: grouped_work(*args, **named).extra,
     inside=lambda *args, **named: grouped_work(*args, **named).inside,

@@ -35,6 +35,19 @@ class Work:
         return 2 + Fraction(more, max(self.flops, 1))
 
     @property
+    def shares(self) -> dict[str, Fraction]:
+        """Of that, for each input: a product each, and sums for biases."""
+        first, second = self.up.shape[1], self.down.shape[1]
+        products = (
+            2 * self.rows * self.up[0].numel(),
+            2 * self.rows * self.down[0].numel(),
+        )
+        found = {self.source: products[0], "up": products[0], "down": products[1]}
+        found |= {} if self.up_bias is None else {"up_bias": 2 * self.rows * first}
+        found |= {} if self.down_bias is None else {"down_bias": 2 * self.rows * second}
+        return {k: Fraction(work, max(self.flops, 1)) for k, work in found.items()}
+
+    @property
     def saves(self) -> tuple[str, ...]:
         """Tokens, unless the op had to cast them, how they were routed, and parameters."""
         same = self.tokens.dtype == self.up.dtype

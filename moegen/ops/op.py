@@ -22,6 +22,8 @@ class Op:
     flops: FLOPs of the forward pass, from the arguments (one multiply-accumulate is two).
     backward: FLOPs of the backward pass over those of the forward pass; a callable gives the
         ratio from the arguments.
+    shares: how much of that ratio is for the gradient of each argument, by name, from the
+        arguments, so that it is not counted where the argument needs none.
     saves: names of the arguments that backward keeps, "out" for the result ("out.0" for its
         first part); a callable gives them from the arguments where they depend on these.
     extra: bytes that backward keeps beyond these, from the arguments.
@@ -36,6 +38,7 @@ class Op:
     reference: Callable[..., Any]
     flops: Callable[..., int] | None = None
     backward: float | Callable[..., Fraction] = 2.0
+    shares: Callable[..., dict[str, Fraction]] | None = None
     saves: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     extra: Callable[..., int] | None = None
     elementwise: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from torch import Tensor, fx
 from moegen.graph import meta
 from moegen.graph.component import Component
 from moegen.ops import torch_costs
-from moegen.ops.op import op_of
+from moegen.ops.gradients import scale_gradient
+from moegen.ops.op import Op, op_of
+from moegen.passes.gradients import Inputs, floating_inputs, needed
 from moegen.passes.memory import peak_backward, peak_forward
 from moegen.passes.refs import Ref, at, made, resolve, size
 
@@ -37,7 +40,8 @@ class Summary:
 
     flops and backward by role; saved: bytes kept for backward, each tensor once, inputs aside;
     kept: the tensors behind that, inputs as references to placeholders; peak_forward and
-    peak_backward: the most bytes alive at once beside those kept.
+    peak_backward: the most bytes alive at once beside those kept; flows: whether what the program
+    gives needs a gradient.
     """
 
     flops: Counter[str] = field(default_factory=Counter)
@@ -47,6 +51,7 @@ class Summary:
     kept: set[Ref] = field(default_factory=set)
     peak_forward: int = 0
     peak_backward: int = 0
+    flows: bool = True
 
 
 class Costs:
@@ -59,14 +64,31 @@ class Costs:
     def __init__(self, recompute: tuple[str, ...] = ()) -> None:
         """Sum with or without checkpointing."""
         self.recompute = recompute
-        self.summaries: dict[tuple[int, str], Summary] = {}
+        self.programs: dict[tuple[int, str, Inputs], _Program] = {}
+        self.costs: dict[fx.Node, Cost] = {}
 
-    def of(self, component: Component, program: str = "forward") -> Summary:
-        """The summary of a program."""
-        key = (id(component), program)
-        if key not in self.summaries:
-            self.summaries[key] = _Program(self, component, program).summary()
-        return self.summaries[key]
+    def of(
+        self, component: Component, program: str = "forward", inputs: Inputs | None = None
+    ) -> Summary:
+        """The summary of a program.
+
+        inputs: those that need a gradient; all that could have one unless said.
+        """
+        given = floating_inputs(component, program) if inputs is None else inputs
+        return self.program(component, program, given).summary()
+
+    def program(self, component: Component, program: str, inputs: Inputs) -> _Program:
+        """A program for inputs of which some need a gradient."""
+        key = (id(component), program, inputs)
+        if key not in self.programs:
+            self.programs[key] = _Program(self, component, program, inputs)
+        return self.programs[key]
+
+    def note(self, node: fx.Node, cost: Cost) -> None:
+        """Leave a node's cost on it; that of the call that needs the most gradients."""
+        known = self.costs.get(node)
+        if known is None or (cost.backward, cost.saved) > (known.backward, known.saved):
+            self.costs[node] = node.meta[meta.COST] = cost
 
     def checkpointed(self, name: str) -> bool:
         """Whether a child is computed again in the backward pass."""
@@ -76,22 +98,37 @@ class Costs:
 class _Program:
     """One program while its costs are summed."""
 
-    def __init__(self, costs: Costs, component: Component, program: str) -> None:
+    def __init__(self, costs: Costs, component: Component, program: str, inputs: Inputs) -> None:
         self.costs = costs
         self.component = component
+        self.inputs = inputs
         self.graph = component.programs[program].graph
         self.nodes = list(self.graph.nodes)
-        self.grads = _gradients(self.nodes, component)
-        self.out = Summary()
+        self.below: dict[fx.Node, _Program] = {}
+        self.grads = needed(component, self.nodes, inputs, self._flows)
+        self.out = Summary(flows=any(self.grads[n] for n in self.nodes[-1].all_input_nodes))
+        self.summed = False
+
+    def _flows(self, node: fx.Node, inputs: Inputs) -> bool:
+        """Whether the result of a call needs a gradient."""
+        child = self.component.children[str(node.target)]
+        self.below[node] = self.costs.program(child, meta.method(node), inputs)
+        return self.below[node].out.flows
 
     def summary(self) -> Summary:
         """Costs of every node and their sums."""
+        if not self.summed:
+            self.summed = True
+            self._sum()
+        return self.out
+
+    def _sum(self) -> None:
         for node in self.nodes:
             if node.op == "call_module":
                 self._call(node)
             elif node.op in ("call_function", "call_method"):
                 cost = self._cost(node)
-                node.meta[meta.COST] = cost
+                self.costs.note(node, cost)
                 role = _role(node, self.component)
                 self.out.flops[role] += cost.flops
                 self.out.backward[role] += cost.backward
@@ -107,13 +144,12 @@ class _Program:
         self.out.peak_backward = peak_backward(
             self.nodes, self.grads, lambda node: self._inside(node, "peak_backward")
         )
-        return self.out
 
     # Nodes
 
     def _child(self, node: fx.Node) -> tuple[Component, Summary]:
         child = self.component.children[str(node.target)]
-        return child, self.costs.of(child, meta.method(node))
+        return child, self.below[node].summary()
 
     def _call(self, node: fx.Node) -> None:
         child, below = self._child(node)
@@ -121,8 +157,9 @@ class _Program:
         self.out.backward += below.backward
         self.out.moved += below.moved
         if self.costs.checkpointed(str(node.target)):
-            self.out.backward += below.flops  # once more forward
-            self._keep(ref for source in node.all_input_nodes for ref in _tensors(source))
+            if self.grads[node]:
+                self.out.backward += below.flops  # once more forward
+                self._keep(ref for source in node.all_input_nodes for ref in _tensors(source))
             return
         self.out.saved += below.saved
         inputs = self._inputs(child, meta.method(node), node)
@@ -165,10 +202,20 @@ class _Program:
             ratio = more(*args, **kwargs) if more else 2.0
         if not self.grads[node]:
             return int(flops), 0
-        first = node.args[0] if node.args else None
-        if ratio == 2.0 and isinstance(first, fx.Node) and not self.grads[first]:
-            ratio = 1.0  # a matrix product whose input needs no gradient
-        return int(flops), int(flops * ratio)
+        return int(flops), int(flops * (ratio - self._spared(node, known, ratio)))
+
+    def _spared(self, node: fx.Node, known: Op | None, ratio: float | Fraction) -> Fraction | int:
+        """FLOPs over the forward pass's for gradients of arguments that need none."""
+        if known and known.shares:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta.val)
+            shares = known.shares(*args, **kwargs)
+            given = inspect.signature(known.reference).bind(*node.args, **node.kwargs).arguments
+            needs = {k: isinstance(v, fx.Node) and self.grads[v] for k, v in given.items()}
+            return sum((share for name, share in shares.items() if not needs.get(name)), Fraction())
+        factors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+        if ratio != 2.0 or len(factors) < 2:
+            return 0
+        return sum(not self.grads[factor] for factor in factors)  # a product for each
 
     def _saves(self, node: fx.Node) -> Iterator[Ref]:
         """The tensors that a node keeps for backward."""
@@ -187,8 +234,6 @@ class _Program:
                     yield Ref(value)
 
     def _op_saves(self, node: fx.Node, known: Any) -> Iterator[Ref]:
-        import inspect
-
         bound = inspect.signature(known.reference).bind(*node.args, **node.kwargs).arguments
         saves = known.saves
         if callable(saves):
@@ -242,21 +287,13 @@ class _Program:
             result, rest = result[index], rest[1:]
         if not isinstance(result, fx.Node):
             return Ref(node, path)
-        inner = _Program._resolver(self.costs, child, meta.method(node))
-        source = resolve(Ref(result, rest), inner)
+        source = resolve(Ref(result, rest), self.below[node]._through)
         if source is None or (source in below.kept and source.node.op != "placeholder"):
             return None
         if source.node.op == "placeholder":
             outer = self._inputs(child, meta.method(node), node).get(source.node.name)
             return Ref(outer, source.path) if outer is not None else None
         return Ref(node, path)
-
-    @staticmethod
-    def _resolver(costs: Costs, child: Component, program: str) -> Any:
-        program_of = _Program.__new__(_Program)
-        program_of.costs, program_of.component = costs, child
-        program_of.graph = child.programs[program].graph
-        return program_of._through
 
     # Peaks
 
@@ -301,33 +338,10 @@ def _argument(node: fx.Node, index: int | str) -> Any:
     return node.args[index] if isinstance(index, int) and index < len(node.args) else None
 
 
-def _gradients(nodes: list[fx.Node], component: Component) -> dict[fx.Node, bool]:
-    """Which values need a gradient: those computed from parameters or from the residual stream."""
-    out: dict[fx.Node, bool] = {}
-    for node in nodes:
-        value = node.meta.get(meta.VAL)
-        if node.op == "placeholder":
-            out[node] = isinstance(value, Tensor) and value.is_floating_point()
-        elif node.op == "get_attr":
-            out[node] = str(node.target) in component.weights
-        else:
-            out[node] = _may_flow(value) and any(out[n] for n in node.all_input_nodes)
-    return out
-
-
-def _may_flow(value: Any) -> bool:
-    """Whether a value holds a floating-point tensor."""
-    if isinstance(value, Tensor):
-        return value.is_floating_point()
-    if isinstance(value, dict):
-        return any(map(_may_flow, value.values()))
-    return isinstance(value, (tuple, list)) and any(map(_may_flow, value))
-
-
 def _role(node: fx.Node, component: Component) -> str:
     """What a node's work is for: the role of the parameter it uses, else its component's."""
     for source in node.all_input_nodes:
-        while source.op == "call_method" and source.target == "to":
+        while source.target in ("to", scale_gradient):
             source = source.all_input_nodes[0]
         weight = component.weights.get(str(source.target)) if source.op == "get_attr" else None
         if weight is not None:

@@ -32,6 +32,7 @@ def facts(made: Estimate) -> Facts:
         },
         "parameters": {
             "total": counts.total,
+            "trained": counts.trained,
             "active": counts.active,
             "active_without_input_embedding": counts.active_without_input_embedding,
             "active_without_embeddings": counts.active_without_embeddings,

@@ -44,6 +44,10 @@ def _by_role(screen: Console, made: Estimate) -> None:
         )
     screen.print()
     screen.print(rows)
+    if counts.trained < counts.total:
+        trained = numbers.exact(counts.trained)
+        part = numbers.share(counts.trained, counts.total)
+        note(screen, f"{made.plan.spec.train.account()} {trained} parameters are trained, {part}.")
     if counts.buffers:
         held = numbers.exact(counts.buffers)
         note(screen, f"Not counted: {held} values in buffers that checkpoints hold.")

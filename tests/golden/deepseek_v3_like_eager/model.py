@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .network import Part
 from .ops import (
     expert_load,
     masked_mean,
@@ -412,6 +413,32 @@ class Model(LanguageModel):
 
     Spec: model (spec.yaml:2).
     """
+
+    parts = (
+        Part("embedding", "embedding"),
+        Part(
+            "norms",
+            "norm",
+            "layers.*.attention_norm",
+            "layers.*.ffn_norm",
+            "layers.*.attention.query_norm",
+            "layers.*.attention.latent_norm",
+            weight_decay=0.0,
+        ),
+        Part("head", "head"),
+        Part(
+            "attention",
+            "layers.*.attention.query_down",
+            "layers.*.attention.query_up",
+            "layers.*.attention.latent_down",
+            "layers.*.attention.latent_up",
+            "layers.*.attention.output",
+        ),
+        Part("dense", "layers.*.ffn"),
+        Part("router", "layers.*.moe.router"),
+        Part("experts", "layers.*.moe.gate_up", "layers.*.moe.down"),
+        Part("shared", "layers.*.moe.shared"),
+    )
 
     frequencies: Tensor
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,31 @@ from torch.utils.checkpoint import checkpoint
 _LAYER = re.compile(r"((?:.+\.)?)layers\.(\d+)")
 
 
+class Part:
+    """Parameters of one purpose, and factors on what an optimizer is given for them.
+
+    names: of parameters, or of modules, which stand for all below; * is any layer's number.
+    """
+
+    def __init__(
+        self, name: str, *names: str, lr: float = 1.0, weight_decay: float = 1.0
+    ) -> None:
+        """Parameters of some names are for what `name` says."""
+        self.name = name
+        self.lr = lr
+        self.weight_decay = weight_decay
+        patterns = (re.escape(n).replace(r"\*", r"\d+") for n in names)
+        self._held = re.compile(rf"(?:{'|'.join(patterns)})(?:\..+)?")
+
+    def holds(self, parameter: str) -> bool:
+        """Whether a parameter of this dotted name is one of these."""
+        return self._held.fullmatch(parameter) is not None
+
+
 class Network(nn.Module):
     """Base of every model."""
+
+    parts: ClassVar[tuple[Part, ...]] = ()
 
     @staticmethod
     def total_loss(loss: Tensor, output: Any) -> Tensor:
@@ -64,6 +87,26 @@ class Network(nn.Module):
     def num_parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters())
+
+    def parameter_groups(
+        self, lr: float, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Groups of parameters for an optimizer of torch.optim, each with its own rates.
+
+        Frozen parameters are in none. "name" is the part: a part has two groups where
+        weight decay is for its matrices alone.
+        """
+        trained = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        groups = [
+            {
+                "name": part.name,
+                "params": [p for name, p in trained if part.holds(name)],
+                "lr": lr * part.lr,
+                "weight_decay": weight_decay * part.weight_decay,
+            }
+            for part in self.parts
+        ]
+        return [group for group in groups if group["params"]]
 
     def routed_layers(self) -> list[int | str]:
         """The layers that are routed, counted from 0, in the order of Output's routing.

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .network import Part
 from .ops import (
     at_most,
     balance_loss,
@@ -418,6 +419,43 @@ class Model(LanguageModel):
 
     Spec: model (spec.yaml:2).
     """
+
+    parts = (
+        Part("embedding", "embedding"),
+        Part(
+            "norms",
+            "norm",
+            "layers.*.attention_norm",
+            "layers.*.ffn_norm",
+            weight_decay=0.0,
+        ),
+        Part("head", "head"),
+        Part(
+            "attention",
+            "layers.*.attention.query_bias",
+            "layers.*.attention.key_bias",
+            "layers.*.attention.value_bias",
+            "layers.*.attention.sinks",
+            "layers.*.attention.output_bias",
+            weight_decay=0.0,
+        ),
+        Part(
+            "attention",
+            "layers.*.attention.query",
+            "layers.*.attention.key",
+            "layers.*.attention.value",
+            "layers.*.attention.output",
+        ),
+        Part("router", "layers.*.moe.router"),
+        Part("router", "layers.*.moe.router_bias", weight_decay=0.0),
+        Part("experts", "layers.*.moe.gate_up", "layers.*.moe.down"),
+        Part(
+            "experts",
+            "layers.*.moe.gate_up_bias",
+            "layers.*.moe.down_bias",
+            weight_decay=0.0,
+        ),
+    )
 
     frequencies: Tensor
 

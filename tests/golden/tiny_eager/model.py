@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .network import Part
 from .ops import (
     balance_loss,
     choice_fractions,
@@ -392,6 +393,31 @@ class Model(LanguageModel):
 
     Spec: model (spec.yaml:3).
     """
+
+    parts = (
+        Part("embedding", "embedding"),
+        Part(
+            "norms",
+            "norm",
+            "layers.*.attention_norm",
+            "layers.*.ffn_norm",
+            "layers.*.attention.query_norm",
+            "layers.*.attention.key_norm",
+            weight_decay=0.0,
+        ),
+        Part("head", "head"),
+        Part(
+            "attention",
+            "layers.*.attention.query",
+            "layers.*.attention.key",
+            "layers.*.attention.value",
+            "layers.*.attention.output",
+        ),
+        Part("dense", "layers.*.ffn"),
+        Part("router", "layers.*.moe.router"),
+        Part("experts", "layers.*.moe.gate_up", "layers.*.moe.down"),
+        Part("shared", "layers.*.moe.shared"),
+    )
 
     frequencies: Tensor
 
