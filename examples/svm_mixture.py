@@ -34,7 +34,7 @@ ABOUT = About(
     "how many an expert takes; a row that finds it full goes to the next best. That bound is what "
     "is called an expert's capacity today.",
 )
-ROUNDS = 4  # times that rows are assigned
+ROUNDS = 6  # times that rows are assigned
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,7 @@ def test_an_example_prints_tables_and_leaves_a_record(tmp_path: Path) -> None:
     assert data["runs"][0]["held_out"] == [[0, {"AUC": 0.1}], [2, {"AUC": 0.5, "nats": None}]]
     assert data["runs"][0]["loads"][0]["shares"] == [[0.75, 0.25], [0.25, 0.75]]
     assert data["claims"][0]["holds"] is False
+    assert ' [0.75, 0.25],\n' in (tmp_path / "results.json").read_text()
 
 
 def test_quick_runs_have_one_seed_and_a_folder_of_their_own(
@@ -344,7 +345,7 @@ def test_svm_mixture(tmp_path: Path) -> None:
     assert gated["held_out"][-1][1]["accuracy"] > 0.75
     assert whole["held_out"][-1][1]["AUC"] > 0.85
     assert share["parameters"] < whole["parameters"] < uniform["parameters"] < gated["parameters"]
-    assert [sum(row) for row in gated["loads"][0]["shares"]] == pytest.approx([1] * 4)
+    assert [sum(row) for row in gated["loads"][0]["shares"]] == pytest.approx([1] * 6)
     assert len(data["claims"]) == 4
     again = ran(svm_mixture.main, "--quick", "--out", tmp_path)
     later = json.loads((tmp_path / "results.json").read_text())

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ from moegen.emit.files import put
 from moegen.errors import MoegenError, Problem
 
 RECORD = "results.json"
+
+# Lists of numbers alone; a string in JSON has no line breaks, so nothing in one is met.
+_NUMBERS = re.compile(r"\[\n([^\[\]{}\"]*)\n *\]")
 
 
 def prepare(folder: Path, force: bool) -> None:
@@ -52,7 +56,10 @@ def leave(about: About, setting: Mapping[str, Any], results: Results, folder: Pa
     data = results.as_data(about, setting)
     data["files"] = {name: _hash(content) for name, content in images.items()}
     data["sha256"] = _own_hash(data)
-    put(folder / RECORD, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    put(
+        folder / RECORD,
+        _NUMBERS.sub(_on_one_line, json.dumps(data, indent=1, allow_nan=False)) + "\n",
+    )
     return [folder / RECORD, *(folder / name for name in images)]
 
 
@@ -98,6 +105,10 @@ def _own_hash(data: Mapping[str, Any]) -> str:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return "[" + " ".join(found[1].split()) + "]"
 
 
 def _png(figure: Any) -> bytes:

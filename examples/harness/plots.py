@@ -81,6 +81,7 @@ def _panel(axes: Any, name: str, runs: Sequence[Run], *, training: bool) -> None
             low, high = ([m + side * d for m, d in found] for side in (-1, 1))
             axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="step", title=name if training else f"held out: {name}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
 
 
@@ -96,7 +97,9 @@ def _heat(axes: Any, loads: Loads) -> Any:
     image = axes.imshow(
         over_mean, aspect="auto", extent=extent, vmin=0, vmax=min(experts, 3.0), cmap="viridis"
     )
-    axes.set(xlabel="step", ylabel="expert", title=f"layer {loads.layer}")
+    title = f"layer {loads.layer}" if loads.layer.isdigit() else loads.layer
+    axes.set(xlabel="step", ylabel="expert", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if experts <= 16:
         axes.set_yticks(range(experts))
     return image
