@@ -295,13 +295,37 @@ def backends(spec: str | None) -> None:
 
 
 @cli.command()
+@click.argument("family", required=False)
 @click.option("--count", is_flag=True, help="Count parameters; the authors' figures otherwise.")
-def specs(count: bool) -> None:
-    """List the specs in ./specs, or else those that come with moegen."""
-    from moegen.report.listing import print_specs
-    from moegen.report.screen import console
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def specs(family: str | None, count: bool, as_json: bool) -> None:
+    """List the specs in ./specs, or else those that come with moegen, by family.
 
-    print_specs(console(), counted=count)
+    FAMILY lists the specs of one alone.
+    """
+    from moegen.report.screen import console
+    from moegen.report.specs import print_specs, specs_facts
+
+    if as_json:
+        _print_json(specs_facts(family, counted=count))
+    else:
+        print_specs(console(), family, counted=count)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--from", "source", metavar="SPEC", required=True, help="A spec's name or file.")
+@click.option("--out", metavar="FILE", help="Write to this file; NAME.yaml unless given.")
+def new(name: str, source: str, out: str | None) -> None:
+    """Start a spec of your own, called NAME, from another one.
+
+    It is a single file, which says all that the other one extends.
+    """
+    from moegen.report.specs import find_spec
+    from moegen.spec.start import start
+
+    place = start(find_spec(source), name, Path(out or f"{name}.yaml"))
+    click.echo(f"wrote {place}; see: moegen estimate {place}")
 
 
 @cli.command()

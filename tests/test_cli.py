@@ -248,8 +248,11 @@ def test_specs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "specs").mkdir()
     (tmp_path / "specs" / "tiny.yaml").write_text(Path(TINY).read_text())
     monkeypatch.chdir(tmp_path)
-    assert "tiny  2.924 M  859.5 K" in run("specs", "--count").stdout
+    (counted,) = json.loads(run("specs", "--count", "--json").stdout)
+    assert counted | {"total": "2.924 M", "active": "859.5 K", "kind": "decoder"} == counted
     assert "tiny" in run("specs").stdout
+    assert "others" in run("specs", "others").stdout
+    assert "others" in run("specs", "mixtrall", code=2).stderr
 
 
 def test_the_schema_in_the_repository_is_current(tmp_path: Path) -> None:
