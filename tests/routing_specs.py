@@ -208,6 +208,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
         capacity=1.0,
     ),
     "constant-gate": mixture({"select": 1, "gate": "constant"}),
+    "scaled-inputs": mixture(
+        {"select": 2, "affinity": "sigmoid", "gate": {"normalize": "none", "scales": "input"}},
+        capacity=1.0,
+    ),
     "p-norm": mixture({"select": 2, "gate": {"normalize": "sum", "power": 2.0}, "noise": 0.01}),
     "nested": mixture(
         {"noise": "learned", "select": 2, "gate": "softmax_over_kept"},

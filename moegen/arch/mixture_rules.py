@@ -57,6 +57,10 @@ def of_experts(moe: MoE) -> Iterator[tuple[Path, str]]:
         yield ("experts",), "with blend the token itself is added already"
     if experts.nested is None:
         return
+    if moe.router.gate.scales == "input" or experts.nested.router.gate.scales == "input":
+        at = ("router", "gate", "scales")
+        at = at if moe.router.gate.scales == "input" else ("experts", "nested", *at)
+        yield at, "weights of mixtures inside experts are multiplied, so they scale outputs"
     if moe.router.balance_bias:
         yield ("router", "balance_bias"), "balance_bias knows no mixtures inside experts"
     if moe.granularity > 1:

@@ -41,6 +41,9 @@ class Gate(Element):
         False, description="the rest of the weight, up to one, goes to the token itself (BASE)"
     )
     scale: float = Field(1.0, gt=0, le=1e6, description="factor on the weights, last")
+    scales: Literal["output", "input"] = Field(
+        "output", description="what weights multiply: what experts give, or are given (Llama 4)"
+    )
     eps: float | None = Field(
         None,
         ge=0,
@@ -58,6 +61,8 @@ class Gate(Element):
             ):
                 if on:
                     yield (name,), f"{name} is for normalize: sum, not {self.normalize}"
+        if self.scales == "input" and self.blend:
+            yield ("blend",), "blend adds to weighted outputs, so not with scales: input"
 
     def says(self, setting: Setting) -> Iterator[str]:
         """How scores become weights, and what the task's loss can then teach the router."""
@@ -72,6 +77,8 @@ class Gate(Element):
             yield "So the task's loss does not train the router."
         if self.scale != 1.0:
             yield f"Weights are multiplied by {self.scale:g}."
+        if self.scales == "input":
+            yield "Weights multiply what an expert is given; what experts give is summed as it is."
         if self.blend:
             yield "What weights lack of 1 is the weight of the token itself, which is added."
 

@@ -117,6 +117,8 @@ class Router(Element):
         for name in ("after_drop", "blend"):
             if getattr(gate, name):
                 yield ("gate", name), f"{name} is for tokens that choose, not for {kind}"
+        if gate.scales == "input":
+            yield ("gate", "scales"), f"weights scale inputs of tokens that choose, not of {kind}"
         if gate.power != 1.0:
             yield ("gate", "power"), f"power is for tokens that choose, not for {kind}"
         names = ["balance_bias", "restrict"]

@@ -136,10 +136,20 @@ class TokenChoice(Selection):
             real = taken.flatten()[order]
             return real
 
+        def rows(tokens: Any) -> Any:
+            gathered = gather_rows(tokens, order)
+            if moe.router.gate.scales == "output":
+                return gathered
+            return gathered * in_compute(b, weights).flatten()[order].unsqueeze(-1)
+
+        def restore(outputs: Any) -> Any:
+            output = moe.router.gate.scales == "output"
+            return combine(outputs, order, weights if output else torch.ones_like(weights))
+
         return Routed(
-            rows=lambda tokens: gather_rows(tokens, order),
+            rows=rows,
             ends=ends,
-            restore=lambda rows: combine(rows, order, weights),
+            restore=restore,
             load=load,
             dropped=dropped,
             choices=choices,
@@ -165,6 +175,13 @@ class TokenChoice(Selection):
             last = moe.num_experts + moe.num_identity
             return weight_of_free(weights, kept, moe.num_experts, last)
         return None
+
+
+def in_compute(b: Builder, weights: Any) -> Any:
+    """Weights in the format that tokens are in."""
+    precision = b.spec.precision
+    same = precision.router_dtype == precision.compute_dtype
+    return weights if same else weights.to(precision.compute_dtype)
 
 
 class TopK(TokenChoice):
@@ -276,7 +293,7 @@ class Balanced(TokenChoice):
             f"In training {setting.competing} are spread evenly over {setting.experts}, one each, "
             f"so that the sum of their {setting.ranked} is the highest there is."
         )
-        yield "In evaluation and decoding each token takes the one with the highest."
+        yield f"In {setting.afterwards} each token takes the one with the highest."
 
     def chosen(self, granularity: int, experts: int) -> int:
         """One."""
