@@ -136,8 +136,8 @@ class Capacity(Element):
         yield from self._slots(setting)
         if self.spare:
             yield (
-                f"In training each sequence is spared with probability {self.spare:g}: none of its "
-                "choices is refused."
+                f"In training each {setting.whole} is spared with probability {self.spare:g}: "
+                "none of its choices is refused."
             )
         yield self._order(setting.chosen)
         yield from self._refused(setting)

@@ -32,6 +32,17 @@ class RoutedLayer(NamedTuple):
         return f"{self.stack}.layers.{self.layer}".lstrip(".")
 
 
+class Side(NamedTuple):
+    """Units of a workload that are counted apart: what they are, and how many.
+
+    child: whose work they are; "" for all that no other side has.
+    """
+
+    unit: str
+    count: int
+    child: str = ""
+
+
 class Model(Kinds, Layer):
     """A whole network. `forward` takes what a user has and returns what training needs.
 
@@ -44,6 +55,8 @@ class Model(Kinds, Layer):
 
     runtime: ClassVar[str] = ""  # the class that emitted models of this kind derive from
     unit: ClassVar[str] = "token"  # what FLOPs are counted for
+    routed_unit: ClassVar[str] = ""  # what meets experts, so what parameters are active for
+    whole: ClassVar[str] = "sequence"  # what tokens are of
     records: ClassVar[Mapping[str, tuple[str, Mapping[str, str]]]] = {}  # docs of its own records
 
     @property
@@ -67,6 +80,11 @@ class Model(Kinds, Layer):
         """How many layers a stack has, inserted ones counted."""
         raise TypeError(f"{type(self).__name__} has no stack {stack!r}")
 
+    @property
+    def active_for(self) -> str:
+        """What active parameters are counted for."""
+        return self.routed_unit or self.unit
+
     # Workloads: a batch of inputs of some length
 
     def length(self, asked: int | None) -> int:
@@ -80,6 +98,18 @@ class Model(Kinds, Layer):
     def workload(self, batch: int, sequence: int) -> str:
         """A workload in words: `2 x 4,096 tokens`."""
         return f"{batch} x {counted(sequence, self.unit)}"
+
+    def sides(self, batch: int, sequence: int) -> tuple[Side, ...]:
+        """Sorts of units whose FLOPs are told apart, if there are any; the last has the rest."""
+        return ()
+
+    def caches(self, cache: Any) -> dict[str, Any]:
+        """The parts of a cache by name, as memory tells them apart."""
+        return {"cache": cache}
+
+    def remarks(self) -> Iterator[str]:
+        """What a reader of an estimate should know of the units, in sentences."""
+        yield from ()
 
     def examples(self, batch: Any, sequence: Any, new: int = 1) -> dict[str, Any]:
         """Inputs of each program, in the order to run them, as functions of results so far."""

@@ -64,6 +64,23 @@ class Setting:
     # Words
 
     @property
+    def whole(self) -> str:
+        """What tokens are of: a sequence, or an image."""
+        return str(self.spec.model.whole)
+
+    @property
+    def afterwards(self) -> str:
+        """What is not training, as far as the model does it."""
+        decodes = "step" in self.spec.model.programs()
+        return "evaluation and decoding" if decodes else "evaluation"
+
+    def either(self, training: str, evaluation: str) -> str:
+        """What holds in training and what in evaluation, as decoding; once if it is one."""
+        if training == evaluation:
+            return training
+        return f"in training {training}; in {self.afterwards} {evaluation}"
+
+    @property
     def noun(self) -> str:
         """What is chosen."""
         return "inner expert" if self.inside else "expert"
@@ -91,7 +108,7 @@ class Setting:
     def competing(self) -> str:
         """The tokens that are set against each other."""
         size = f"{self.group:,} tokens"
-        of = {"sequence": f"the {size} of each sequence", "run": f"each run of {size}"}
+        of = {"sequence": f"the {size} of each {self.whole}", "run": f"each run of {size}"}
         return of.get(self.moe.group_kind, f"the {size} of the batch")
 
     # Numbers: as the programs come by them, on numbers in place of proxies
@@ -124,10 +141,3 @@ def sentence(parts: list[str], join: str = "and") -> str:
     """Phrases as one sentence, with a capital and a full stop."""
     text = listed(parts, join)
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def either(training: str, evaluation: str) -> str:
-    """What holds in training and what in evaluation, which decoding follows; once if it is one."""
-    if training == evaluation:
-        return training
-    return f"in training {training}; in evaluation and decoding {evaluation}"

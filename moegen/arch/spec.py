@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 import moegen.arch.decoder
 import moegen.arch.latent_attention
 import moegen.arch.losses
-import moegen.arch.routing  # noqa: F401  (registers all parts)
+import moegen.arch.routing
+import moegen.arch.vision  # noqa: F401  (registers all parts)
 from moegen.arch.init import Initialization
 from moegen.arch.model import Model, RoutedLayer
 from moegen.arch.phase import in_phase

@@ -31,7 +31,8 @@ def model_docs(plan: Plan) -> str:
     totals = plan.root.totals()
     count = sum(n for n, _, _ in totals.values())
     active = sum(a for _, a, _ in totals.values())
-    lines = [f"{spec.name}: {count:,} parameters, {active:,} of them for one token."]
+    part = f"{active:,} of them for one {spec.model.active_for}"
+    lines = [f"{spec.name}: {count:,} parameters, {part}."]
     if spec.source:
         lines += ["", f"Source: {_plain(spec.source)}."]
     lines += ["", *(f"    {role:<16} {n:>20,}" for role, (n, _, _) in sorted(totals.items()))]

@@ -21,6 +21,10 @@ def _linear(out: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return int(2 * x.numel() * weight.shape[0])
 
 
+def _conv(out: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return int(2 * out.numel() * weight[0].numel())
+
+
 def _matmul(out: Any, a: Any, b: Any) -> int:
     return int(2 * out.numel() * a.shape[-1])
 
@@ -35,6 +39,7 @@ def _sdpa(
 
 FLOPS: dict[Key, Callable[..., int]] = {
     F.linear: _linear,
+    F.conv2d: _conv,
     operator.matmul: _matmul,
     torch.matmul: _matmul,
     torch.bmm: _matmul,
@@ -60,6 +65,7 @@ BACKWARD: dict[Key, Callable[..., Fraction]] = {
 _INPUT, _OUT, _FACTORS = (0,), ("out",), ("factors",)
 SAVES: dict[Key, tuple[int | str, ...]] = {
     F.linear: ("factors",),
+    F.conv2d: _FACTORS,
     operator.matmul: _FACTORS,
     torch.matmul: _FACTORS,
     torch.bmm: _FACTORS,

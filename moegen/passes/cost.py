@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from moegen.graph import meta
@@ -345,6 +346,6 @@ def _role(node: fx.Node, component: Component) -> str:
             source = source.all_input_nodes[0]
         weight = component.weights.get(str(source.target)) if source.op == "get_attr" else None
         if weight is not None:
-            tied = weight.role == "embedding" and node.target in torch_costs.FLOPS
+            tied = weight.role == "embedding" and node.target is F.linear
             return "head" if tied else weight.role
     return component.role

@@ -20,7 +20,7 @@ _LARGE = 10**9  # parameters from which a model is made without memory for them
 def print_built(screen: Console, plan: Plan, folder: Path, backend: Backend) -> None:
     """Where the package is, how large its files are, what it may lack here, and the next step."""
     counts = count(plan.root, plan.spec.model.tied)
-    screen.print(headline(plan.spec.name, counts, plan.spec.model.unit))
+    screen.print(headline(plan.spec.name, counts, plan.spec.model.active_for))
     heading(screen, Text.assemble("wrote ", plain(folder)))
     rows = table(None, ("file", ">lines", "what"))
     classes = len(plan.components)

@@ -25,7 +25,7 @@ def headline(name: str, counts: Counts, unit: str) -> Text:
 def print_estimate(screen: Console, made: Estimate) -> None:
     """Everything known of one spec at one workload."""
     spec, work, counts = made.plan.spec, made.plan.workload, made.counts
-    screen.print(headline(spec.name, counts, spec.model.unit))
+    screen.print(headline(spec.name, counts, spec.model.active_for))
     longest = getattr(spec.model, "max_sequence", work.sequence)
     if work.sequence > longest:
         beyond = f"{numbers.exact(work.sequence)} tokens are more than its max_sequence"

@@ -107,6 +107,14 @@ def _warning(problem: Problem) -> Facts:
     return {"path": dotted(problem.path), "message": problem.message, **place}
 
 
+def _rate(made: Estimate, seconds: float) -> Facts:
+    """Units a second of a model that does not decode: images_per_second."""
+    if made.decode_flops is not None:
+        return {}
+    model, work = made.plan.spec.model, made.plan.workload
+    return {f"{model.unit}s_per_second": model.units(work.batch, work.sequence) / seconds}
+
+
 def _gpu(made: Estimate) -> Facts | None:
     fit = made.fit
     if fit is None:
@@ -120,5 +128,6 @@ def _gpu(made: Estimate) -> Facts | None:
         "inference_fits": fit.inference,
         "forward_seconds": fit.forward.total,
         "forward_chain_seconds": fit.forward.seconds,
+        **_rate(made, fit.forward.total),
         "advice": list(fit.advice),
     }

@@ -60,6 +60,10 @@ def _fit(screen: Console, made: Estimate, fit: Fit) -> None:
         screen.print(f"  {name:<9}  {verdict}")
     spent, chain = numbers.seconds(fit.forward.total), numbers.seconds(fit.forward.seconds)
     screen.print(f"  roofline   a forward pass takes {spent} or more, {chain} of it in one chain")
+    model, work = made.plan.spec.model, made.plan.workload
+    if made.decode_flops is None:
+        rate = model.units(work.batch, work.sequence) / fit.forward.total
+        screen.print(f"             at most {numbers.exact(int(rate))} {model.unit}s a second")
     for advice in fit.advice:
         screen.print(f"  - {advice}")
     peak, bandwidth = numbers.work(int(gpu.flops)), numbers.size(int(gpu.bandwidth))

@@ -54,7 +54,8 @@ def _by_role(screen: Console, made: Estimate) -> None:
 
 
 def _active(screen: Console, made: Estimate) -> None:
-    rows = table("Active parameters of one token", ("counted", ">parameters", ">", ">of all"))
+    title = f"Active parameters of one {made.plan.spec.model.active_for}"
+    rows = table(title, ("counted", ">parameters", ">", ">of all"))
     for key, value in conventions(made.counts).items():
         name = CONVENTIONS[key]
         share = numbers.share(value, made.counts.total)

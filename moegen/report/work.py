@@ -37,6 +37,8 @@ def _notes(screen: Console, made: Estimate) -> None:
     )
     decodes = made.decode_flops is not None
     note(screen, f"A multiply-accumulate is 2 FLOPs.{pairs if decodes else ''}")
+    for sentence in model.remarks():
+        note(screen, sentence)
     if any(one.moe.capacity for one in model.routed()):
         note(screen, "Routed experts count as if capacity refused nothing: at most so much.")
     if made.checkpointing:

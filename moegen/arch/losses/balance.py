@@ -88,7 +88,7 @@ class BalanceLoss(AuxiliaryLoss):
         }[self.count]
         share += " that are not refused" if self.after_capacity else ""
         mean = "share of what first choices leave of scores" if self.count == "second" else "score"
-        among = {"sequence": " within each sequence", "run": f" within {setting.competing}"}
+        among = {"sequence": f" within each {setting.whole}", "run": f" within {setting.competing}"}
         even = f" ({k if self.count == 'all' else 1} where loads are even)"
         even = even if setting.router.affinity.sums_to_one and not self.after_capacity else ""
         return (
@@ -150,7 +150,7 @@ class SequenceBalanceLoss(AuxiliaryLoss):
         """As balance, one sequence at a time."""
         return (
             "the sum over experts of their share of choices times their mean share of scores "
-            f"within each sequence, times {setting.choices:,} (1 where loads are even)"
+            f"within each {setting.whole}, times {setting.choices:,} (1 where loads are even)"
         )
 
     def of_layer(self, b: Builder, outcome: Outcome) -> Any:

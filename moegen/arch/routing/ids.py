@@ -17,6 +17,7 @@ TOKEN = "token"  # the model's own input, which every program has
 _TAKEN = {"ids", "mask", "labels", "x", "valid", "start", "cache", "self", "positions", "context"}
 _TAKEN |= {"torch", "out", "inplace", "temperature", "new_tokens", "generate", "input", "dim"}
 _TAKEN |= {"batch", "length", "tokens", "routing", "count", "index", "cos", "sin", "logits", "loss"}
+_TAKEN |= {"images"}
 
 
 def _name(name: str) -> str:

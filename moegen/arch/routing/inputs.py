@@ -52,7 +52,8 @@ class SentenceInput(RouterInput):
 
     def says(self, setting: Setting) -> Iterator[str]:
         """What is seen."""
-        yield "The router sees the mean of its sequence's real tokens in place of each token."
+        mean = f"the mean of its {setting.whole}'s real tokens"
+        yield f"The router sees {mean} in place of each token."
 
     def seen(self, b: Builder, tokens: Any, site: Site) -> Any:
         """The same vector for all tokens of a sequence."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moegen.arch.setting import Setting, either
+from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.second import skip_choices
 from moegen.spec.element import Element, Path
@@ -50,7 +50,7 @@ class SecondChoices(Element):
 
     def says(self, setting: Setting) -> Iterator[str]:
         """What becomes of them, in training and else."""
-        fate = either(self._fate(self.policy), self._fate(self.eval_policy))
+        fate = setting.either(self._fate(self.policy), self._fate(self.eval_policy))
         which = "second choices" if setting.chosen == 2 else "choices after the first"
         yield f"Of {which}: {fate}."
         if self.skips and setting.mixture.capacity:

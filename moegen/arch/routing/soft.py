@@ -14,7 +14,7 @@ from moegen.arch.routing.select import Selection
 from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.sequences import softmax_over_tokens
-from moegen.spec.words import counted
+from moegen.spec.words import article, counted
 
 
 class Soft(Selection):
@@ -36,10 +36,10 @@ class Soft(Selection):
     def says(self, setting: Setting) -> Iterator[str]:
         """Both averages."""
         slots = counted(self.slots, "slot")
-        yield f"Each of {setting.experts} has {slots} for a sequence."
+        yield f"Each of {setting.experts} has {slots} for {article(setting.whole)}."
         yield (
-            "A slot holds the average of all tokens of the sequence, weighted by a softmax of its "
-            "logits over them."
+            f"A slot holds the average of all tokens of the {setting.whole}, weighted by a softmax "
+            "of its logits over them."
         )
         yield (
             f"A token's output is the average of all {setting.logits}' outputs, weighted by the "
