@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import moegen
-from moegen.arch import capacity, experts, mixture_rules
+from moegen.arch import capacity, experts, mixture_rules, spec, train
 from moegen.arch.losses import auxiliary, balance, entropy, importance
 from moegen.arch.routing import (
     expert_choice,
@@ -33,11 +33,11 @@ from moegen.arch.routing import (
 from moegen.errors import SpecError
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.yaml"))
-RULES = ("rules", "check", "_side")
+RULES = ("rules", "check", "_side", "_unknown_losses")
 ALL_OF = (mixture_rules, router_rules)  # but for what they warn of
 MODULES = (
     *(capacity, experts, auxiliary, balance, entropy, importance, expert_choice, gate, noise),
-    *(restrict, router, score, second, token_choice, *ALL_OF),
+    *(restrict, router, score, second, spec, token_choice, train, *ALL_OF),
 )
 
 

@@ -33,7 +33,6 @@ LEFT_OUT: dict[str, str] = {
     "chen2022-double-softmax-floor": "a fault of the paper's notebooks: two softmaxes in a row",
     "chen2022-normalised-gd": PROCEDURE,
     "task-moe-subnetwork": AFTER,
-    "finetune-trainable-masks": "what is trained is for the optimizer, which is not emitted",
     "expert-merging": AFTER,
     "qmoe-ternary-rtn": AFTER,
     "qmoe-codebook": AFTER,
@@ -48,7 +47,6 @@ LEFT_OUT: dict[str, str] = {
     "all-to-all-volume": DEVICES,
     "expert-placement": DEVICES,
     "parallelism-weights-per-device": DEVICES,
-    "expert-gradient-scaling": DEVICES,
     "grad-norm-with-experts": DEVICES,
     "shazeer-effective-batch": DEVICES,
     "speculative-sampling-step": SERVING,
@@ -57,7 +55,6 @@ LEFT_OUT: dict[str, str] = {
     "expert-offload-lru": SERVING,
     "gpt4-rumor-arithmetic": CALL,
     "mixtral-active-arithmetic-folklore": CALL,
-    "nllb-expert-output-masking": "a fault of transformers' NLLB, which scales twice",
 }
 
 

@@ -201,7 +201,7 @@ def _ops(package: ModuleType) -> str:
 
 # Ops that draw, each time anew.
 RANDOM = ("gaussian_noise", "uniform_noise", "gumbel_noise", "jitter", "sparing", "skip_choices")
-RANDOM += ("sample_second",)
+RANDOM += ("sample_second", "mask_outputs")
 
 
 class Layer:

@@ -78,7 +78,7 @@ class Spec(Element):
                 yield (*path, "experts", "recompute"), f"{sentence}; drop one"
         if self.train.masking and any(one.moe.experts.residual for one in routed):
             sentence = "residual experts give the stream itself, which cannot be left out"
-            yield ("train", "masking"), sentence
+            yield ("train", "masking"), f"{sentence}; remove masking"
         if self.model.tied and "head" in (*self.train.freeze, *(self.train.only or ())):
             word = "freeze" if self.train.freeze else "only"
             yield ("train", word), "the head is the embedding's table (tied); say embedding"
@@ -90,7 +90,7 @@ class Spec(Element):
         on = self.train.losses
         for index, name in enumerate(on if isinstance(on, tuple) else ()):
             if name not in known:
-                has = f"; there are {listed(known, 'and')}" if known else ""
+                has = f"; known: {listed(known, 'and')}" if known else ""
                 yield ("train", "losses", index), f"no routed layer has a loss {show(name)}{has}"
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ class Dropout(Element):
 
 
 class Masking(Element):
-    """Expert output masking: what experts give is left out at random (NLLB 2022, section 6.2).
+    """Expert output masking: what experts give is left out at random (NLLB Team 2022).
 
     A token that loses its experts' outputs is left with the residual stream, and with shared
     experts.
@@ -165,7 +165,7 @@ class Train(Element):
             yield ("freeze",), "only says already what is trained; remove freeze"
         for part in self.rates.given():
             if not self.trains(part):
-                yield ("rates", part), f"{part} is frozen, so it has no rates"
+                yield ("rates", part), f"{part} is frozen, so its rates say nothing; remove them"
 
     # By role, as parameters have it
 
