@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -11,7 +11,7 @@ from moegen.gpus import GPUS, Gpu
 from moegen.graph.component import Component, Weight
 from moegen.optimizers import OPTIMIZERS
 from moegen.parameters import Counts, count
-from moegen.passes.cost import Summary
+from moegen.passes.cost import Costs, Summary
 from moegen.passes.refs import size
 from moegen.passes.schedule import Path, critical_path
 from moegen.planner import Plan
@@ -70,10 +70,11 @@ class Estimate:
     """Everything that `moegen estimate` prints.
 
     counts: parameters by role and the active counts; flops: of one unit of the model (a token, an
-    image) by role, averaged over a causal sequence where there is one; decode_flops: of one new
-    token after a full context; weight_bytes: by role; cache_bytes: for batch sequences of the
-    context's length; both None for models that do not decode; training and inference: what a
-    single GPU must hold; beside: the eager backend's estimate, where another one is asked for.
+    image) by role, averaged over a causal sequence where there is one; sides: of one unit of each
+    sort, where a model tells sorts apart; decode_flops: of one new token after a full context;
+    weight_bytes: by role; cache_bytes: for batch sequences of the context's length; both None for
+    models that do not decode; training and inference: what a single GPU must hold; beside: the
+    eager backend's estimate, where another one is asked for.
     """
 
     plan: Plan
@@ -87,6 +88,7 @@ class Estimate:
     training: Memory
     inference: Memory
     fit: Fit | None
+    sides: dict[str, dict[str, Flops]] = field(default_factory=dict)
     backend: str = "eager"
     beside: Estimate | None = None
 
@@ -106,7 +108,8 @@ class Estimate:
         if self.cache_bytes is None:
             return None
         work = self.plan.workload
-        return Fraction(self.cache_bytes, work.batch * work.sequence)
+        longest = max(positions for _, positions in caches(self.plan).values())
+        return Fraction(self.cache_bytes, work.batch * longest)
 
 
 def estimate(
@@ -136,6 +139,7 @@ def estimate(
         training=training,
         inference=inference,
         fit=None,
+        sides=_sides(plan, forward, checkpointing),
     )
     if gpu is None:
         return made
@@ -154,6 +158,26 @@ def _per_unit(forward: Summary, loss: Summary, units: int) -> dict[str, Flops]:
         for role in roles
     }
     return {role: row for role, row in rows.items() if row.forward}
+
+
+def _sides(plan: Plan, forward: Summary, checkpointing: bool) -> dict[str, dict[str, Flops]]:
+    """FLOPs of one unit of each sort by role; what no child has is the last one's."""
+    work = plan.workload
+    sides = plan.spec.model.sides(work.batch, work.sequence)
+    if not sides:
+        return {}
+    costs = Costs(("layers",) if checkpointing else ())
+    calls = costs.program(plan.root, "forward", frozenset())
+    calls.summary()
+    loss = plan.costs["loss"]
+    rest = Summary(forward.flops + loss.flops, forward.backward + loss.backward)
+    found = {}
+    for side in sides[:-1]:
+        own = next(c.summary() for n, c in calls.below.items() if str(n.target) == side.child)
+        rest.flops.subtract(own.flops)
+        rest.backward.subtract(own.backward)
+        found[side.unit] = _per_unit(own, Summary(), side.count)
+    return {**found, sides[-1].unit: _per_unit(rest, Summary(), sides[-1].count)}
 
 
 def weights(root: Component) -> Iterator[tuple[Weight, int]]:
@@ -191,13 +215,21 @@ def _training(plan: Plan, forward: Summary, optimizer: str, checkpointing: bool)
     )
 
 
+def caches(plan: Plan) -> dict[str, tuple[int, int]]:
+    """The parts of what decoding keeps by name: bytes, and positions of each sequence."""
+    parts = plan.spec.model.caches(plan.results["new_cache"], plan.workload.sequence)
+    return {name: (size(part), positions) for name, (part, positions) in parts.items()}
+
+
 def _inference(plan: Plan) -> Memory:
     parameters = sum(w.bytes * n for w, n in weights(plan.root))
     work, step = plan.workload, plan.costs.get("step")
     cache, program, what = [], step or plan.costs["forward"], "one forward pass"
     if step is not None:
-        context = f"{work.batch} x {work.sequence} positions"
-        cache = [Line("cache", size(plan.results["new_cache"]), "exact", context)]
+        cache = [
+            Line(name, held, "exact", f"{work.batch} x {positions} positions")
+            for name, (held, positions) in caches(plan).items()
+        ]
         what = "one decoding step"
     return Memory(
         (

@@ -136,7 +136,7 @@ class GroupedQueryAttention(Attention):
     def forward(self, b: Builder, x: Any, context: Any) -> Any:
         """x [B, S, d] to [B, S, d], causal."""
         q, k, v = self._project(b, x, context)
-        out = self._attend(b, q, k, v)
+        out = self._attend(b, q, k, v, context)
         return self._merge(b, out)
 
     def step(self, b: Builder, x: Any, context: Any, cache: Any) -> Any:
@@ -149,7 +149,8 @@ class GroupedQueryAttention(Attention):
             values = write_cache(values, positions, v)
             held = torch.arange(keys.shape[2], device=x.device)
             mask = held <= positions.unsqueeze(-1)
-            out = self._look_up(b, q, self._read(b, keys), self._read(b, values), mask)
+            seen, told = self._read(b, keys), self._read(b, values)
+            out = self._look_up(b, q, seen, told, mask, context)
             return self._merge(b, out)
         size = keys.shape[2]
         held = torch.cat((ring_positions(context.start, size, x.device), positions))
@@ -157,7 +158,7 @@ class GroupedQueryAttention(Attention):
         mask = (held >= 0) & (distance >= 0) & (distance < self.window.size)
         seen = torch.cat((self._read(b, keys), k), 2)
         told = torch.cat((self._read(b, values), v), 2)
-        out = self._look_up(b, q, seen, told, mask)
+        out = self._look_up(b, q, seen, told, mask, context)
         slots = positions[-size:] % size
         write_cache(keys, slots, k[:, :, -size:])
         write_cache(values, slots, v[:, :, -size:])
@@ -218,7 +219,7 @@ class GroupedQueryAttention(Attention):
         same = precision.cache_dtype == precision.compute_dtype
         return cache if same else cache.to(precision.compute_dtype)
 
-    def _attend(self, b: Builder, q: Any, k: Any, v: Any) -> Any:
+    def _attend(self, b: Builder, q: Any, k: Any, v: Any, context: Any) -> Any:
         """Causal attention over a whole sequence."""
         window = {"window": self.window.size} if self.window else {}
         if self.sinks:
@@ -229,7 +230,7 @@ class GroupedQueryAttention(Attention):
             return window_attention(q, k, v, self.window.size, self._scale(b))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **self._options())
 
-    def _look_up(self, b: Builder, q: Any, k: Any, v: Any, mask: Any) -> Any:
+    def _look_up(self, b: Builder, q: Any, k: Any, v: Any, mask: Any, context: Any) -> Any:
         """Attention of a few positions to what a cache holds, under a mask."""
         if self.sinks:
             return masked_sink_attention(q, k, v, mask, self._sinks(b), self._scale(b))

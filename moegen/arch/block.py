@@ -95,30 +95,31 @@ class Block(Layer):
         """The dense branch after a routed one, where there is one."""
         if not (self.moe and self.moe.extra):
             return x
-        h = self._before(b, "extra_norm", x)
+        norm = self.norm if self.moe.extra.norm_scale else self.norm.plain()
+        h = self._before(b, "extra_norm", x, norm)
         path = (*self.moe_path, "extra")
         out = b.child("extra", self.moe.extra, h, path=path, role="dense")
-        return self._after(b, "extra_norm", x, out)
+        return self._after(b, "extra_norm", x, out, norm)
 
-    def _before(self, b: Builder, name: str, x: Any) -> Any:
+    def _before(self, b: Builder, name: str, x: Any, norm: Norm | None = None) -> Any:
         if self.norm.placement in ("pre", "sandwich"):
-            return self._norm(b, name, x)
+            return self._norm(b, name, x, norm)
         return x
 
-    def _after(self, b: Builder, name: str, x: Any, out: Any) -> Any:
+    def _after(self, b: Builder, name: str, x: Any, out: Any, norm: Norm | None = None) -> Any:
         placement = self.norm.placement
         if placement in ("output", "sandwich"):
-            out = self._norm(b, f"{name}_out" if placement == "sandwich" else name, out)
+            out = self._norm(b, f"{name}_out" if placement == "sandwich" else name, out, norm)
         if b.spec.train.dropout.dense:
             out = F.dropout(out, b.spec.train.dropout.dense, b.training)
         if self.residual_scale != 1.0:
             out = out * self.residual_scale
         x = x + out
-        return self._norm(b, name, x) if placement == "post" else x
+        return self._norm(b, name, x, norm) if placement == "post" else x
 
-    def _norm(self, b: Builder, name: str, x: Any) -> Any:
+    def _norm(self, b: Builder, name: str, x: Any, norm: Norm | None = None) -> Any:
         width = b.width
-        return b.inline(self.norm, "apply", name, x, width, path=("model", "norm"))
+        return b.inline(norm or self.norm, "apply", name, x, width, path=("model", "norm"))
 
 
 class InsertedBlock(Layer):

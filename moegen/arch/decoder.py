@@ -46,11 +46,34 @@ class Head(Element):
 
     tied: bool = Field(False, description="use the embedding's table")
     bias: bool = Field(False, description="whether the logits have a bias")
-    scale: float = Field(1.0, gt=0, le=1e6, description="factor on the logits")
+    scale: Annotated[float, Field(gt=0, le=1e6)] | Literal["rsqrt_d_model"] = Field(
+        1.0, description="factor on the logits; rsqrt_d_model: d_model^-1/2 (T5)"
+    )
     softcap: float | None = Field(None, gt=0, description="bound: cap * tanh(logits / cap)")
     z_loss: float = Field(
         0.0, ge=0, le=1e6, description="coefficient of mean LSE(logits)^2 (GLaM, PaLM)"
     )
+
+    def logits(self, b: Builder, x: Any, vocabulary: int) -> Any:
+        """x [..., d] to logits [..., V], with the table of the model that calls this."""
+        if self.tied:
+            table = b.param("embedding", vocabulary, b.width, role="embedding")
+        else:
+            table = b.param("head", vocabulary, b.width, role="head")
+        bias = None
+        if self.bias:
+            bias = b.param("head_bias", vocabulary, role="head")
+        logits = F.linear(x, table, bias)
+        scale = self.factor(b.width)
+        if scale != 1.0:
+            logits = logits * scale
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def factor(self, d_model: int) -> float:
+        """The factor as a number."""
+        return d_model**-0.5 if self.scale == "rsqrt_d_model" else float(self.scale)
 
 
 class Decoder(Model):
@@ -253,16 +276,4 @@ class Decoder(Model):
 
     def _logits(self, b: Builder, x: Any) -> Any:
         x = b.inline(self.norm, "apply", "norm", x, self.d_model, path=("norm",))
-        if self.head.tied:
-            table = b.param("embedding", self.vocab_size, self.d_model, role="embedding")
-        else:
-            table = b.param("head", self.vocab_size, self.d_model, role="head")
-        bias = None
-        if self.head.bias:
-            bias = b.param("head_bias", self.vocab_size, role="head")
-        logits = F.linear(x, table, bias)
-        if self.head.scale != 1.0:
-            logits = logits * self.head.scale
-        if self.head.softcap:
-            logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
-        return logits
+        return self.head.logits(b, x, self.vocab_size)

@@ -63,6 +63,8 @@ class ResidualFeedForward(FeedForward):
 class ExtraFeedForward(FeedForward):
     """A dense network on a branch of its own after a routed one (ST-MoE 2022)."""
 
+    norm_scale: bool = Field(True, description="whether its norm has the parameters of others")
+
     def says(self, setting: Setting) -> Iterator[str]:
         """What follows."""
         network = f"{self.activation.kind}, {self.width:,} wide"

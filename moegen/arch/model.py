@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from moegen.graph.layer import Layer
@@ -32,7 +33,8 @@ class RoutedLayer(NamedTuple):
         return f"{self.stack}.layers.{self.layer}".lstrip(".")
 
 
-class Side(NamedTuple):
+@dataclass(frozen=True)
+class Side:
     """Units of a workload that are counted apart: what they are, and how many.
 
     child: whose work they are; "" for all that no other side has.
@@ -103,9 +105,9 @@ class Model(Kinds, Layer):
         """Sorts of units whose FLOPs are told apart, if there are any; the last has the rest."""
         return ()
 
-    def caches(self, cache: Any) -> dict[str, Any]:
-        """The parts of a cache by name, as memory tells them apart."""
-        return {"cache": cache}
+    def caches(self, cache: Any, sequence: int) -> dict[str, tuple[Any, int]]:
+        """The parts of a cache by name, and the positions that each is for."""
+        return {"cache": (cache, sequence)}
 
     def remarks(self) -> Iterator[str]:
         """What a reader of an estimate should know of the units, in sentences."""

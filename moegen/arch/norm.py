@@ -31,6 +31,11 @@ class Norm(Kinds):
         """Normalise x [..., width] with parameters called `name`."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
+    def plain(self) -> Norm:
+        """This norm without parameters."""
+        off = {name: False for name in ("scale", "bias") if hasattr(self, name)}
+        return self.model_copy(update=off)
+
     def _scale(self, b: Builder, name: str, width: int) -> Any:
         return b.param(name, width, init=ONES, role="norms") if self.scale else None
 

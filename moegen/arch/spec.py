@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 import moegen.arch.decoder
+import moegen.arch.encoder_decoder
 import moegen.arch.latent_attention
 import moegen.arch.losses
 import moegen.arch.routing

@@ -43,16 +43,19 @@ class Trace:
         return made
 
     def component(
-        self, element: Layer, path: Path, role: str, width: int | None = None
+        self, element: Layer, path: Path, role: str, width: int | None = None, scope: str = ""
     ) -> Component:
-        """The component of an element, traced with all its programs; width as in `child`."""
+        """The component of an element, traced with all its programs; width as in `child`.
+
+        scope: of the component that it is a child of.
+        """
         width = getattr(self.spec.model, "d_model", 0) if width is None else width
-        key = (type(element), element.model_dump_json(), path, role, width)
+        key = (type(element), element.model_dump_json(), path, role, width, scope)
         known = self.components.get(key)
         if known is None:
-            known = Component(element, self._class_name(element), path, role)
+            known = Component(element, self._class_name(element, scope), path, role)
             for program in element.programs():
-                Builder(self, known, program, role, width).trace_program()
+                Builder(self, known, program, role, width, element.scope or scope).trace_program()
             self.components[key] = known
         return known
 
@@ -64,9 +67,9 @@ class Trace:
         assert known._fields == fields, f"two records called {name} differ"
         return known
 
-    def _class_name(self, element: Layer) -> str:
+    def _class_name(self, element: Layer, scope: str) -> str:
         taken = {c.class_name for c in self.components.values()}
-        wanted = element.class_name()
+        wanted = f"{scope}{element.class_name()}"
         names = [wanted, *(f"{wanted}{i}" for i in range(2, len(taken) + 3))]
         return next(n for n in names if n not in taken)
 
@@ -75,7 +78,13 @@ class Builder:
     """What an element's method sees: the spec's facts, and ways to own parameters and children."""
 
     def __init__(
-        self, trace: Trace, component: Component, program: str, role: str, width: int
+        self,
+        trace: Trace,
+        component: Component,
+        program: str,
+        role: str,
+        width: int,
+        scope: str,
     ) -> None:
         """Prepare to trace one program of a component."""
         self.trace = trace
@@ -84,6 +93,7 @@ class Builder:
         self.program = program
         self.role = role
         self.width = width  # of the vectors that the component is given
+        self.scope = scope  # of the component's children
         self.graph = fx.Graph()
         self.tracer = ComponentTracer(self.graph, component.path)
         self.root = nn.Module()
@@ -151,7 +161,7 @@ class Builder:
         width: of the vectors that it is given, this component's own unless given.
         """
         wide = self.width if width is None else width
-        child = self.trace.component(element, self.path(path), role or self.role, wide)
+        child = self.trace.component(element, self.path(path), role or self.role, wide, self.scope)
         known = self.component.children.setdefault(name, child)
         assert known is child, f"two children called {name}"
         wanted = program or self.program

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moegen.spec.element import Element
 
@@ -17,7 +17,12 @@ class Layer(Element):
     `forward` is the training and evaluation program. A layer may have more, each a method
     `(self, b, *inputs)` named in `programs`; a parent's program of the same name calls them,
     and calls `forward` of layers that lack it.
+
+    scope: a word before the names of the classes inside, which are then apart from those of equal
+    elements elsewhere: an encoder and a decoder see other tokens, so that costs differ.
     """
+
+    scope: ClassVar[str] = ""
 
     def programs(self) -> tuple[str, ...]:
         """Names of the methods that are traced."""

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from moegen.errors import Problem, dotted
-from moegen.estimator import Estimate, Memory
+from moegen.estimator import Estimate, Flops, Memory, caches
 from moegen.report.published import published
 
 Facts = dict[str, Any]
@@ -42,6 +42,7 @@ def facts(made: Estimate) -> Facts:
         "buffers": counts.buffers,
         "published": _published(made),
         f"flops_per_{made.plan.spec.model.unit}": _flops(made),
+        **{f"flops_per_{u.replace(' ', '_')}": _side(side) for u, side in made.sides.items()},
         "cache": _cache(made),
         "training_memory": _memory(made.training),
         "inference_memory": _memory(made.inference),
@@ -77,7 +78,12 @@ def _cache(made: Estimate) -> Facts | None:
     """None for models that do not decode."""
     if made.cache_bytes is None or made.cache_bytes_per_token is None:
         return None
-    return {"bytes": made.cache_bytes, "bytes_per_token": number(made.cache_bytes_per_token)}
+    parts = {name.replace(" ", "_"): held for name, (held, _) in caches(made.plan).items()}
+    return {
+        "bytes": made.cache_bytes,
+        "bytes_per_token": number(made.cache_bytes_per_token),
+        **(parts if len(parts) > 1 else {}),
+    }
 
 
 def _flops(made: Estimate) -> Facts:
@@ -91,6 +97,16 @@ def _flops(made: Estimate) -> Facts:
             for role, flops in sorted(made.flops.items())
         },
     }
+
+
+def _side(side: dict[str, Flops]) -> Facts:
+    by_role = {
+        role: {"forward": number(flops.forward), "backward": number(flops.backward)}
+        for role, flops in sorted(side.items())
+    }
+    forward = number(sum((f.forward for f in side.values()), Fraction(0)))
+    backward = number(sum((f.backward for f in side.values()), Fraction(0)))
+    return {"forward": forward, "backward": backward, "by_role": by_role}
 
 
 def _memory(memory: Memory) -> Facts:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from rich.console import Console
 
-from moegen.estimator import Estimate, Fit, Memory
+from moegen.estimator import Estimate, Fit, Memory, caches
 from moegen.report import numbers
 from moegen.report.screen import heading, note, table
 
@@ -22,10 +24,11 @@ def print_memory(screen: Console, made: Estimate) -> None:
     _lines(screen, title, made.inference, beside.inference if beside else None)
     per_token = made.cache_bytes_per_token
     if made.cache_bytes is not None and per_token is not None:
-        screen.print(
-            f"Cache: {numbers.exact(per_token)} bytes for each token; "
-            f"{numbers.size(made.cache_bytes)} for {shape}."
-        )
+        parts = caches(made.plan)
+        for name, (held, positions) in parts.items():
+            each = numbers.exact(Fraction(held, work.batch * positions))
+            shown = f"{each} bytes for each token; {numbers.size(held)} for {shape}"
+            screen.print(f"{name.capitalize()}: {shown}.")
     note(
         screen,
         "On one device. exact: follows from the spec; bound: at most this; assumed: a round "

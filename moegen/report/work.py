@@ -26,7 +26,25 @@ def print_flops(screen: Console, made: Estimate) -> None:
         rows.add_row(role_name(role), *cells, numbers.share(both, training))
     screen.print()
     screen.print(rows)
+    if made.sides:
+        _sides(screen, made)
     _notes(screen, made)
+
+
+def _sides(screen: Console, made: Estimate) -> None:
+    """FLOPs of one unit of each sort, a sort a column, in a forward pass."""
+    total = {
+        u: sum((f.forward for f in side.values()), Fraction(0)) for u, side in made.sides.items()
+    }
+    footer = ("total", *map(numbers.flops, total.values()))
+    columns = ("role", *(f">{unit}" for unit in made.sides))
+    rows = table("FLOPs forward, per", columns, footer=footer)
+    for role in made.flops:
+        of_role = (side.get(role) for side in made.sides.values())
+        cells = (numbers.flops(f.forward) if f else "-" for f in of_role)
+        rows.add_row(role_name(role), *cells)
+    screen.print()
+    screen.print(rows)
 
 
 def _notes(screen: Console, made: Estimate) -> None:
