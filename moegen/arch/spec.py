@@ -11,10 +11,12 @@ import moegen.arch.decoder
 import moegen.arch.encoder_decoder
 import moegen.arch.latent_attention
 import moegen.arch.losses
+import moegen.arch.recurrent
 import moegen.arch.routing
 import moegen.arch.vision  # noqa: F401  (registers all parts)
 from moegen.arch.init import Initialization
 from moegen.arch.model import Model, RoutedLayer
+from moegen.arch.parts import Part
 from moegen.arch.phase import in_phase
 from moegen.arch.precision import Precision
 from moegen.arch.train import Train
@@ -43,6 +45,7 @@ class Published(Element):
 
     total: Count | None = Field(None, description="parameters in all, e.g. 46.7B")
     active: Count | None = Field(None, description="parameters a token uses, e.g. 12.9B")
+    without: tuple[Part, ...] = Field((), description="parts that their total leaves out")
     note: str | None = Field(None, description="why a figure differs, if it does")
 
 

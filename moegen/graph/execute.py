@@ -15,12 +15,21 @@ from moegen.graph.component import Component, attach
 Attribute = Callable[[str], Any]
 CallChild = Callable[[fx.Node, tuple[Any, ...]], Any]
 Done = Callable[[fx.Node, Any], None]
+Compute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def run(
-    graph: fx.Graph, inputs: tuple[Any, ...], attribute: Attribute, call: CallChild, done: Done
+    graph: fx.Graph,
+    inputs: tuple[Any, ...],
+    attribute: Attribute,
+    call: CallChild,
+    done: Done,
+    compute: Compute = lambda function, arguments, named: function(*arguments, **named),
 ) -> Any:
-    """Run a graph: `attribute` reads parameters, `call` runs children, `done` sees each value."""
+    """Run a graph: `attribute` reads parameters, `call` runs children, `done` sees each value.
+
+    compute: calls a function, with its arguments and those that have names.
+    """
     values: dict[fx.Node, Any] = {}
     waiting = iter(inputs)
 
@@ -38,7 +47,7 @@ def run(
         elif node.op == "call_method":
             value = getattr(arguments[0], str(node.target))(*arguments[1:], **named)
         elif node.op == "call_function":
-            value = node.target(*arguments, **named)
+            value = compute(node.target, arguments, named)
         else:
             value = arguments[0]
         values[node] = value

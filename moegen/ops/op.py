@@ -31,6 +31,10 @@ class Op:
         a fusion may compute it on any part, or once more.
     inside: bytes that the op needs while it runs beside what is counted anyway, in the forward and
         in the backward pass, from the arguments.
+    result: tensors of the result's shape, from the arguments, for plans and proofs, where running
+        the op itself needs sizes as numbers.
+    steps: how many of its steps must wait for each other, from the arguments, such as those of
+        time; 1 unless said.
     effect: True if the op writes to an argument or draws random numbers, so that neither its
         place nor its number of executions may change.
     """
@@ -43,6 +47,8 @@ class Op:
     extra: Callable[..., int] | None = None
     elementwise: bool = False
     inside: Callable[..., tuple[int, int]] | None = None
+    result: Callable[..., Any] | None = None
+    steps: Callable[..., int] | None = None
     effect: bool = False
 
     @property

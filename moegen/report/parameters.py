@@ -73,8 +73,8 @@ def _published(screen: Console, made: Estimate) -> None:
     rows = table(None, ("figure", ">printed", ">counted", "verdict"))
     for figure in found.figures:
         verdict = "agrees to its digits" if figure.agrees else "differs"
-        if figure.convention:
-            verdict += f", {CONVENTIONS[figure.convention]}"
+        if figure.counting:
+            verdict += f", {figure.counting}"
         rows.add_row(figure.name, plain(figure.printed), numbers.exact(figure.counted), verdict)
     screen.print(rows)
     if found.note:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from typing import Any
 
+from moegen.arch.parts import Part, part_of
 from moegen.parameters import Counts
+from moegen.spec.words import listed
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 CONVENTIONS = {
@@ -21,7 +23,8 @@ CONVENTIONS = {
 class Figure:
     """One published figure, the count it is nearest to, and whether that rounds to it.
 
-    convention: the key in CONVENTIONS by which active parameters are counted; None for a total.
+    convention: the key in CONVENTIONS by which active parameters are counted; of a total the parts
+    left out, in words, or None.
     """
 
     name: str
@@ -29,6 +32,11 @@ class Figure:
     counted: int
     convention: str | None
     agrees: bool
+
+    @property
+    def counting(self) -> str:
+        """How it is counted, in words; nothing if that is all parameters."""
+        return CONVENTIONS.get(self.convention or "", self.convention or "")
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def published(data: Mapping[str, Any], counts: Counts) -> Published | None:
     figures = []
     if said.get("total") is not None:
         total = str(said["total"])
-        figures.append(Figure("total", total, counts.total, None, agrees(total, counts.total)))
+        figures.append(_total(total, said.get("without") or (), counts))
     if said.get("active") is not None:
         figures.append(_active(str(said["active"]), counts))
     return Published(tuple(figures), said.get("note")) if figures else None
@@ -70,6 +78,13 @@ def agrees(printed: str, count: int) -> bool:
         exponent = int(figure.as_tuple().exponent)
     scaled = Decimal(count) / unit
     return scaled.quantize(Decimal(1).scaleb(exponent), ROUND_HALF_UP) == figure
+
+
+def _total(printed: str, without: Sequence[Part], counts: Counts) -> Figure:
+    """The total, without the parts that the authors do not count."""
+    left = [s.count for role, s in counts.by_role.items() if part_of(role) not in without]
+    convention = f"without {listed(without, 'and')}" if without else None
+    return Figure("total", printed, sum(left), convention, agrees(printed, sum(left)))
 
 
 def _active(printed: str, counts: Counts) -> Figure:

@@ -1,4 +1,4 @@
-"""What a decoder-only model can do beside its network: train and generate."""
+"""What a language model can do beside its network: train and generate."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LanguageModel(Network):
         """Next-token loss of ids [B, S] plus the auxiliary losses, and the Output itself."""
         output = self(ids, mask, **given)
         labels = ids if mask is None else ids.masked_fill(~mask.bool(), -100)
-        return self.total_loss(self.loss(output.logits, labels), output), output
+        return self.total_loss(self.loss(output[0], labels), output), output
 
     @torch.no_grad()
     def stream(
