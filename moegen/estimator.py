@@ -13,7 +13,7 @@ from moegen.optimizers import OPTIMIZERS
 from moegen.parameters import Counts, count
 from moegen.passes.cost import Costs, Summary
 from moegen.passes.refs import size
-from moegen.passes.schedule import Path, critical_path
+from moegen.passes.schedule import Path, critical_path, recurrent_steps
 from moegen.planner import Plan
 
 Certainty = Literal["exact", "bound", "assumed"]
@@ -104,12 +104,19 @@ class Estimate:
 
     @property
     def cache_bytes_per_token(self) -> Fraction | None:
-        """Cache bytes of one position of one sequence, averaged over the context."""
+        """Cache bytes of one position of one sequence, averaged over the context; None for a state,
+        which is as large for any.
+        """
         if self.cache_bytes is None:
             return None
         work = self.plan.workload
         longest = max(positions for _, positions in caches(self.plan).values())
-        return Fraction(self.cache_bytes, work.batch * longest)
+        return Fraction(self.cache_bytes, work.batch * longest) if longest else None
+
+    @property
+    def recurrent_steps(self) -> int:
+        """Steps of a forward pass that wait for each other, because each needs the last's state."""
+        return recurrent_steps(self.plan.root, "forward")
 
 
 def estimate(
@@ -227,7 +234,7 @@ def _inference(plan: Plan) -> Memory:
     cache, program, what = [], step or plan.costs["forward"], "one forward pass"
     if step is not None:
         cache = [
-            Line(name, held, "exact", f"{work.batch} x {positions} positions")
+            Line(name, held, "exact", f"{work.batch} x {positions or 'any'} positions")
             for name, (held, positions) in caches(plan).items()
         ]
         what = "one decoding step"

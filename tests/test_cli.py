@@ -75,6 +75,7 @@ def test_json_is_exact_and_has_these_keys() -> None:
         "buffers",
         "published",
         "flops_per_token",
+        "recurrent_steps",
         "cache",
         "training_memory",
         "inference_memory",

@@ -106,7 +106,7 @@ class Model(Kinds, Layer):
         return ()
 
     def caches(self, cache: Any, sequence: int) -> dict[str, tuple[Any, int]]:
-        """The parts of a cache by name, and the positions that each is for."""
+        """The parts of a cache by name, and the positions that each is for; 0 if for any."""
         return {"cache": (cache, sequence)}
 
     def remarks(self) -> Iterator[str]:

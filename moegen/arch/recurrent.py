@@ -192,6 +192,10 @@ class Recurrent(Model):
         """Recurrent layers and mixtures."""
         return len(self.stack())
 
+    def caches(self, cache: Any, sequence: int) -> dict[str, tuple[Any, int]]:
+        """A state, which does not grow."""
+        return {"state": (cache, 0)}
+
     def routed(self) -> list[RoutedLayer]:
         """Every mixture, by its place among all layers."""
         if self.moe is None:

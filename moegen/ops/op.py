@@ -33,8 +33,8 @@ class Op:
         in the backward pass, from the arguments.
     result: tensors of the result's shape, from the arguments, for plans and proofs, where running
         the op itself needs sizes as numbers.
-    steps: how many of its steps must wait for each other, from the arguments, such as those of
-        time; 1 unless said.
+    steps: how many of its steps must wait for each other, such as those of time, from the
+        arguments.
     effect: True if the op writes to an argument or draws random numbers, so that neither its
         place nor its number of executions may change.
     """

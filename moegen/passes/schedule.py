@@ -10,6 +10,7 @@ from torch import fx
 from moegen.gpus import Gpu
 from moegen.graph import meta
 from moegen.graph.component import Component
+from moegen.ops.op import op_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,25 @@ def critical_path(component: Component, program: str, gpu: Gpu) -> Path:
     longer (Williams et al. 2009). Needs a plan's costs on the nodes.
     """
     return _path(component, program, gpu, {})
+
+
+def recurrent_steps(component: Component, program: str) -> int:
+    """Steps of ops that wait for each other, such as those of time, along the longest chain."""
+    longest: dict[fx.Node, int] = {}
+    for node in component.programs[program].graph.nodes:
+        before = max((longest[source] for source in node.all_input_nodes), default=0)
+        longest[node] = before + _steps(component, node)
+    return max(longest.values(), default=0)
+
+
+def _steps(component: Component, node: fx.Node) -> int:
+    if node.op == "call_module":
+        return recurrent_steps(component.children[str(node.target)], meta.method(node))
+    known = op_of(node.target)
+    if known is None or known.steps is None:
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta.val)
+    return known.steps(*args, **kwargs)
 
 
 def _path(component: Component, program: str, gpu: Gpu, memo: dict[tuple[int, str], Path]) -> Path:

@@ -43,6 +43,7 @@ def facts(made: Estimate) -> Facts:
         "published": _published(made),
         f"flops_per_{made.plan.spec.model.unit}": _flops(made),
         **{f"flops_per_{u.replace(' ', '_')}": _side(side) for u, side in made.sides.items()},
+        "recurrent_steps": made.recurrent_steps,
         "cache": _cache(made),
         "training_memory": _memory(made.training),
         "inference_memory": _memory(made.inference),
@@ -76,12 +77,13 @@ def _published(made: Estimate) -> Facts | None:
 
 def _cache(made: Estimate) -> Facts | None:
     """None for models that do not decode."""
-    if made.cache_bytes is None or made.cache_bytes_per_token is None:
+    if made.cache_bytes is None:
         return None
+    each = made.cache_bytes_per_token
     parts = {name.replace(" ", "_"): held for name, (held, _) in caches(made.plan).items()}
     return {
         "bytes": made.cache_bytes,
-        "bytes_per_token": number(made.cache_bytes_per_token),
+        "bytes_per_token": None if each is None else number(each),
         **(parts if len(parts) > 1 else {}),
     }
 

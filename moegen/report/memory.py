@@ -22,13 +22,11 @@ def print_memory(screen: Console, made: Estimate) -> None:
     _lines(screen, title, made.training, beside.training if beside else None)
     title = f"Memory for inference: {shape}{' of context' if decodes else ''}{with_}"
     _lines(screen, title, made.inference, beside.inference if beside else None)
-    per_token = made.cache_bytes_per_token
-    if made.cache_bytes is not None and per_token is not None:
-        parts = caches(made.plan)
-        for name, (held, positions) in parts.items():
-            each = numbers.exact(Fraction(held, work.batch * positions))
-            shown = f"{each} bytes for each token; {numbers.size(held)} for {shape}"
-            screen.print(f"{name.capitalize()}: {shown}.")
+    for name, (held, positions) in caches(made.plan).items() if decodes else ():
+        each = f"{numbers.exact(Fraction(held, work.batch))} bytes for each sequence, of any length"
+        if positions:
+            each = f"{numbers.exact(Fraction(held, work.batch * positions))} bytes for each token"
+        screen.print(f"{name.capitalize()}: {each}; {numbers.size(held)} for {shape}.")
     note(
         screen,
         "On one device. exact: follows from the spec; bound: at most this; assumed: a round "

@@ -53,8 +53,11 @@ def _notes(screen: Console, made: Estimate) -> None:
         " Attention counts the pairs that the causal mask, and a window if any, lets through: the "
         f"mean over a sequence of {length} tokens."
     )
-    decodes = made.decode_flops is not None
-    note(screen, f"A multiply-accumulate is 2 FLOPs.{pairs if decodes else ''}")
+    causal = made.decode_flops is not None and hasattr(model, "attention")
+    note(screen, f"A multiply-accumulate is 2 FLOPs.{pairs if causal else ''}")
+    if made.recurrent_steps:
+        steps = numbers.exact(made.recurrent_steps)
+        note(screen, f"A forward pass has {steps} recurrent steps, which wait for each other.")
     for sentence in model.remarks():
         note(screen, sentence)
     if any(one.moe.capacity for one in model.routed()):
@@ -63,4 +66,5 @@ def _notes(screen: Console, made: Estimate) -> None:
         note(screen, "Backward includes the layers' second forward pass (--checkpointing).")
     if made.decode_flops is not None:
         decode = numbers.work(made.decode_flops)
-        screen.print(f"Decoding one token in a cache of {length} positions: {decode}.")
+        place = "" if made.cache_bytes_per_token is None else f" in a cache of {length} positions"
+        screen.print(f"Decoding one token{place}: {decode}.")
