@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moegen.arch.attention import Attention, GroupedQueryAttention
 from moegen.arch.latent_attention import LatentAttention
-from moegen.ops.attention import seen_pairs
+from moegen.ops.attention import chunk_pairs, seen_pairs
 from moegen.ops.flop_counter import custom_mapping
 from moegen.passes.cost import Summary
 from moegen.planner import Plan
@@ -54,10 +54,11 @@ def beyond_the_mask(plan: Plan) -> Iterator[tuple[int, int]]:
         keys, values = widths(attention, model.d_model)
         per_pair = 2 * BATCH * attention.heads * (keys + values)
         window = attention.window.size if attention.window else None
-        seen = seen_pairs(LENGTH, window)
+        chunked = window and attention.window.chunked
+        seen = chunk_pairs(LENGTH, window) if chunked else seen_pairs(LENGTH, window)
         five = 2 * BATCH * attention.heads * (3 * keys + 2 * values)
         if fused(attention):
-            pairs = blocks(window) if window else seen
+            pairs = blocks(window, chunked) if window else seen
             yield per_pair * (pairs - seen), five * (pairs - seen)
             continue
         # Products one by one keep the scores, so that backward has four products, not five.
@@ -81,6 +82,7 @@ def fused(attention: Attention) -> bool:
     return not attention.sinks and not attention.softcap
 
 
-def blocks(window: int) -> int:
-    """Pairs in the blocks that a window is cut into, masked ones included."""
-    return -(-LENGTH // window) * window * 2 * window
+def blocks(window: int, chunked: bool = False) -> int:
+    """Pairs in the blocks that a window is cut into, masked ones or those of padding included."""
+    one = seen_pairs(window) if chunked else window * 2 * window
+    return -(-LENGTH // window) * one

@@ -124,6 +124,31 @@ SPECS: dict[str, dict[str, Any]] = {
             },
         ),
         spec(
+            "llama4-like",
+            {
+                "layers": 4,
+                "attention": {
+                    "heads": 4,
+                    "kv_heads": 2,
+                    "rope": None,
+                    "qk_norm": "unit",
+                    "temperature": {"scale": 0.3, "floor": 3},
+                    "window": {
+                        "size": 5,
+                        "chunked": True,
+                        "placement": {"last_dense": 1},
+                        "rope": {"layout": "interleaved"},
+                    },
+                },
+                "moe": moe(
+                    placement={"every": 2, "offset": 1},
+                    shared={"count": 1},
+                    router={"affinity": "sigmoid", "select": 1, "gate": {"scales": "input"}},
+                    losses={},
+                ),
+            },
+        ),
+        spec(
             "switch-like",
             {
                 "layers": 4,

@@ -18,9 +18,11 @@ from moegen.graph.layer import Layer
 from moegen.ops.attention import (
     at_most,
     capped_attention,
+    chunk_attention,
     masked_capped_attention,
     masked_sink_attention,
     ring_positions,
+    scale_queries,
     sink_attention,
     window_attention,
     write_cache,
@@ -36,6 +38,9 @@ class Window(Element):
     size: int = Field(ge=1, le=10**9, description="positions that a query sees, its own included")
     placement: Placement = Field(Placement(), description="the layers that have the window")
     rope: Rope | None = Field(None, description="another rotary embedding for these layers")
+    chunked: bool = Field(
+        False, description="a position sees its own chunk of `size` alone, up to itself (Llama 4)"
+    )
 
     def rules(self) -> Iterator[tuple[Path, str]]:
         """A window is on layers that are there."""
@@ -64,7 +69,7 @@ class Attention(Kinds, Layer):
         if layer not in self.window.placement.of(depth):
             return self.model_copy(update={"window": None})
         rope = self.window.rope or self.rope
-        plain = Window(size=self.window.size)
+        plain = Window(size=self.window.size, chunked=self.window.chunked)
         return self.model_copy(update={"window": plain, "rope": rope})
 
     def rope_width(self, d_model: int) -> int:
@@ -74,6 +79,18 @@ class Attention(Kinds, Layer):
     def check(self, d_model: int) -> Iterator[tuple[Path, str]]:
         """Rules that need the model's width."""
         yield from ()
+
+
+class Temperature(Element):
+    """Queries grow with their position: times 1 + scale ln(1 + floor((position + 1) / floor)).
+
+    In layers without a rotary embedding, so that attention stays sharp at long range (Llama 4).
+    """
+
+    shorthand = "scale"
+
+    scale: float = Field(gt=0, le=10, description="how fast they grow", examples=[0.1])
+    floor: float = Field(8192.0, gt=0, le=1e9, description="positions of each step")
 
 
 class GroupedQueryAttention(Attention):
@@ -87,14 +104,19 @@ class GroupedQueryAttention(Attention):
     kv_heads: int | None = Field(None, ge=1, description="heads of keys and values; as heads")
     head_dim: int | None = Field(None, ge=1, le=10**6, description="width of a head")
     bias: Literal["none", "qkv", "all"] = Field("none", description="which projections have one")
-    qk_norm: Literal["none", "head", "full"] = Field(
-        "none", description="RMS-normalise queries and keys: each head, or over all heads"
+    qk_norm: Literal["none", "head", "full", "unit"] = Field(
+        "none",
+        description="RMS-normalise queries and keys: each head, over all heads, or each head "
+        "without weights after rope, where there is rope (Llama 4)",
     )
     qk_norm_eps: float = Field(1e-6, gt=0, le=1, description="eps of that norm")
     sinks: bool = Field(False, description="a learned logit a head for attending to nothing")
     softcap: float | None = Field(None, gt=0, description="bound of the logits, by tanh")
     clip: float | None = Field(None, gt=0, description="bound of queries, keys and values")
     scale: float | None = Field(None, gt=0, description="of the logits; head_dim^-1/2")
+    temperature: Temperature | None = Field(
+        None, description="in layers without rope, queries grow with their position"
+    )
 
     def rules(self) -> Iterator[tuple[Path, str]]:
         """Whole groups, even rotary dimensions, one special form of the logits at a time."""
@@ -102,6 +124,11 @@ class GroupedQueryAttention(Attention):
             yield ("kv_heads",), f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})"
         if self.sinks and self.softcap:
             yield ("softcap",), "attention with sinks has no softcap here; choose one of them"
+        if self.window and self.window.chunked and (self.sinks or self.softcap):
+            word = "sinks" if self.sinks else "softcap"
+            yield (word,), f"chunked windows have no {word} here; remove one of them"
+        if self.temperature and self.rope:
+            yield ("temperature",), "temperature is for layers without rope; say rope: null"
 
     def check(self, d_model: int) -> Iterator[tuple[Path, str]]:
         """The width must split into heads, and a head into pairs."""
@@ -136,6 +163,8 @@ class GroupedQueryAttention(Attention):
     def forward(self, b: Builder, x: Any, context: Any) -> Any:
         """x [B, S, d] to [B, S, d], causal."""
         q, k, v = self._project(b, x, context)
+        if self._warms():
+            q = self._warmed(q, torch.arange(x.shape[1], device=x.device))
         out = self._attend(b, q, k, v, context)
         return self._merge(b, out)
 
@@ -144,6 +173,8 @@ class GroupedQueryAttention(Attention):
         q, k, v = self._project(b, x, context)
         keys, values = cache
         positions = context.positions
+        if self._warms():
+            q = self._warmed(q, positions)
         if self.window is None:
             keys = write_cache(keys, positions, k)
             values = write_cache(values, positions, v)
@@ -155,7 +186,10 @@ class GroupedQueryAttention(Attention):
         size = keys.shape[2]
         held = torch.cat((ring_positions(context.start, size, x.device), positions))
         distance = positions.unsqueeze(-1) - held
-        mask = (held >= 0) & (distance >= 0) & (distance < self.window.size)
+        near = distance < self.window.size
+        if self.window.chunked:
+            near = held // self.window.size == (positions // self.window.size).unsqueeze(-1)
+        mask = (held >= 0) & (distance >= 0) & near
         seen = torch.cat((self._read(b, keys), k), 2)
         told = torch.cat((self._read(b, values), v), 2)
         out = self._look_up(b, q, seen, told, mask, context)
@@ -206,7 +240,17 @@ class GroupedQueryAttention(Attention):
             cos, sin = b.spec.model.rotary(self.rope, context)
             q = self.rope.rotate(q, cos, sin, width)
             k = self.rope.rotate(k, cos, sin, width)
+            if self.qk_norm == "unit":
+                q = F.rms_norm(q, (width,), None, self.qk_norm_eps)
+                k = F.rms_norm(k, (width,), None, self.qk_norm_eps)
         return q, k, v
+
+    def _warms(self) -> bool:
+        return self.temperature is not None and self.rope is None
+
+    def _warmed(self, q: Any, positions: Any) -> Any:
+        assert self.temperature is not None
+        return scale_queries(q, positions, self.temperature.scale, self.temperature.floor)
 
     def _linear(self, b: Builder, name: str, x: Any, width: int) -> Any:
         bias = None
@@ -227,7 +271,8 @@ class GroupedQueryAttention(Attention):
         if self.softcap:
             return capped_attention(q, k, v, self.softcap, self._scale(b), **window)
         if self.window:
-            return window_attention(q, k, v, self.window.size, self._scale(b))
+            attend = chunk_attention if self.window.chunked else window_attention
+            return attend(q, k, v, self.window.size, self._scale(b))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **self._options())
 
     def _look_up(self, b: Builder, q: Any, k: Any, v: Any, mask: Any, context: Any) -> Any:

@@ -48,9 +48,9 @@ class Llama3(Scaling):
     high: float = Field(4.0, gt=0, description="high_freq_factor")
 
     def rules(self) -> Iterator[tuple[Path, str]]:
-        """The band must have a width."""
-        if self.high <= self.low:
-            yield ("high",), f"high is {self.high} but must be above low, {self.low}"
+        """The band does not end before it begins."""
+        if self.high < self.low:
+            yield ("high",), f"high is {self.high} but must not be below low, {self.low}"
 
     def frequencies(self, b: Builder, name: str, dim: int, theta: float, length: Any) -> Any:
         """A constant."""

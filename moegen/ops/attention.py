@@ -162,6 +162,55 @@ def window_attention(
     return join_blocks(out, q.shape[0], q.shape[2])
 
 
+def _chunked(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> int:
+    """Bytes that backward keeps of chunks: q, k, v, result, and its statistics."""
+    rows, groups = _blocks(q, chunk), k.shape[1]
+    one = (q.shape[1] + groups) * (q.shape[-1] + v.shape[-1])
+    statistics = q.shape[1] * max(4, q.dtype.itemsize)
+    return int(q.shape[0] * rows * (one * q.dtype.itemsize + statistics))
+
+
+def chunk_pairs(length: int, chunk: int) -> int:
+    """Pairs (query, key) of one chunk that a causal mask over `length` positions lets through."""
+    whole, rest = divmod(length, chunk)
+    return whole * seen_pairs(chunk) + seen_pairs(rest)
+
+
+@op(
+    flops=lambda q, k, v, chunk, scale: _core(q, k, v, chunk_pairs(q.shape[2], chunk)),
+    backward=2.5,
+    extra=lambda q, k, v, chunk, scale: _chunked(q, k, v, chunk),
+)
+def chunk_attention(
+    q: Tensor, k: Tensor, v: Tensor, chunk: int, scale: float
+) -> Tensor:
+    """Causal attention to the positions of a query's own chunk (Llama 4, 2025)."""
+    query, key, value = (chunks_of(x, chunk) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+    return join_blocks(out, q.shape[0], q.shape[2])
+
+
+def chunks_of(x: Tensor, chunk: int) -> Tensor:
+    """x [B, H, S, d] cut into n chunks, the last one padded: [B * n, H, chunk, d]."""
+    count = -(-x.shape[2] // chunk)
+    rest = x.new_zeros(x.shape[0], x.shape[1], chunk, x.shape[3])
+    whole = torch.cat((x, rest), 2)[:, :, : count * chunk]
+    blocks = torch.unflatten(whole, 2, (count, chunk)).transpose(1, 2)
+    return blocks.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+@op(saves=(), extra=lambda q, *_: 4 * q.shape[2])  # the factors
+def scale_queries(q: Tensor, positions: Tensor, scale: float, floor: float) -> Tensor:
+    """q [B, H, T, d] times 1 + scale ln(1 + floor((position + 1) / floor)) (Llama 4).
+
+    Source: Nakanishi 2025 (arXiv:2501.19399), whose scale keeps attention sharp at long range.
+    """
+    factor = 1 + scale * torch.log1p(((positions.float() + 1) / floor).floor())
+    return (q * factor.unsqueeze(-1)).to(q.dtype)
+
+
 @op(
     flops=lambda q, k, v, mask, *_: _core(q, k, v, q.shape[2] * k.shape[2]),
     saves=("q",),

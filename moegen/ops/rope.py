@@ -51,10 +51,14 @@ def llama3_frequencies(
     low: float = 1.0,
     high: float = 4.0,
 ) -> Tensor:
-    """Llama 3.1: interpolate wavelengths longer than original / low, smoothly below."""
+    """Llama 3.1: interpolate wavelengths longer than original / low, smoothly below.
+
+    Where high is low there is no band between, but a step (Llama 4).
+    """
     plain = rope_frequencies(dim, theta)
     wavelength = 2 * math.pi / plain
-    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    band = max(high - low, 1e-9)
+    smooth = ((original / wavelength - low) / band).clamp(0, 1)
     return (1 - smooth) * plain / factor + smooth * plain
 
 
