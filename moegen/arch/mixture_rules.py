@@ -75,6 +75,10 @@ def of_choices(moe: MoE) -> Iterator[tuple[Path, str]]:
     """What follows from how many experts a token takes, granularity applied."""
     select, score, capacity = moe.router.select, moe.router.score, moe.capacity
     m, k = moe.granularity, moe.chosen
+    choices, leaves = select.logits(moe.num_choices), getattr(score, "leaves", None)
+    if leaves not in (None, choices):
+        sentence = f"the tree has {leaves} leaves for {choices} experts"
+        yield ("router", "score", "branches"), sentence
     if m > 1 and select.tokens_choose and not score.learned:
         yield ("granularity",), f"a {score.kind} names one expert a token; use granularity 1"
     second = getattr(select, "second", None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from moegen.ops.op import op
 
 
-@op(flops=lambda weights, experts, num_experts: 0)
+@op(flops=lambda weights, experts, num_experts: 0, saves=("experts",))
 def dense_gates(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     """Weights [T, k] of experts [T, k] as gates of all experts [T, E], 0 for those not chosen."""
     gates = weights.new_zeros(weights.shape[0], num_experts)

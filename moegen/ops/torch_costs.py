@@ -86,6 +86,7 @@ SAVES: dict[Key, tuple[int | str, ...]] = {
     "sigmoid": _OUT,
     "tanh": _OUT,
     "softmax": _OUT,
+    "log_softmax": _OUT,
     "square": _INPUT,
     "clamp": _INPUT,
     "exp": _OUT,

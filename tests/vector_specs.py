@@ -1,0 +1,108 @@
+"""Tiny specs of models on vectors, mixtures and multi-task ones, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BATCH = 6
+
+
+def mixture(name: str, target: Any, layers: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
+    """A mixture on three numbers."""
+    top = {key: rest.pop(key) for key in ("precision", "init", "train") if key in rest}
+    model = {"kind": "mixture", "inputs": 3, "target": target, "layers": layers, **rest}
+    return {"name": name, "model": model, **top}
+
+
+RELU = {"count": 4, "activate_output": True}
+NOISY = {"select": 2, "noise": "learned", "gate": "softmax_over_kept"}
+UNLIKE = {"experts": {"count": 2}, "others": [{"count": 3, "hidden": [7, 5]}], "router": NOISY}
+TREE = {"score": {"kind": "tree", "branches": [2, 3]}}
+CHEN = {
+    "experts": {"count": 4, "hidden": [6], "activation": "cubic", "signs": True, "bias": False},
+    "patches": 5,
+    "router": {"select": 1, "noise": {"kind": "uniform", "selection_only": True}},
+}
+WIDE = {"parameters": "fp64", "router": "fp64"}
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    s["name"]: s
+    for s in (
+        mixture("cooperative", 2, [{"experts": 4}]),
+        mixture("competitive", 2, [{"experts": 4}], objective="competitive"),
+        mixture("likely", {"outputs": 2, "variance": 0.5}, [{"experts": 4}], objective="mixture"),
+        mixture("tree", "binary", [{"experts": 6, "router": TREE}], objective="mixture"),
+        mixture("bits", "binary", [{"experts": {"count": 3, "hidden": [4]}}]),
+        mixture(
+            "classes",
+            {"kind": "classes", "count": 3},
+            [{"experts": {"count": 4, "hidden": [5], "bias": False}}],
+            objective="mixture",
+        ),
+        mixture("vote", {"kind": "classes", "count": 3}, [{"experts": 4}], pooling="vote"),
+        mixture("average", {"kind": "classes", "count": 3}, [{"experts": 4}], pooling="average"),
+        mixture("winner", 2, [{"experts": 4}], pooling="winner"),
+        mixture(
+            "deep",
+            {"kind": "classes", "count": 3},
+            [
+                {
+                    "experts": RELU,
+                    "width": 7,
+                    "margin": 0.5,
+                    "router": {"score": {"kind": "network", "hidden": [5, 4]}},
+                },
+                {"experts": {**RELU, "count": 5}, "width": 6, "losses": {"importance": 0.1}},
+            ],
+            head={},
+        ),
+        mixture("patches", "binary", [{**CHEN, "losses": {"balance": 0.01, "z": 0.1}}]),
+        mixture("dense-patches", "binary", [{**CHEN, "router": {"select": "all"}}]),
+        mixture(
+            "unlike",
+            {"kind": "classes", "count": 3},
+            [
+                {**UNLIKE, "width": 8, "losses": {"importance": 0.1, "load": 0.1}},
+                {**UNLIKE, "width": 6},
+            ],
+            head={"bias": False},
+        ),
+        mixture("unlike-dense", 2, [{**UNLIKE, "router": {}}]),
+        mixture("fp64", 2, [{"experts": 4}], precision=WIDE),
+        mixture(
+            "bf16",
+            2,
+            [{"experts": {"count": 4, "hidden": [8]}, "router": {"select": 2}}],
+            precision={"parameters": "bf16"},
+        ),
+        mixture(
+            "dropout",
+            2,
+            [{"experts": {"count": 4, "hidden": [8]}}],
+            train={"dropout": {"experts": 0.5}},
+        ),
+    )
+}
+
+
+def batch_of(spec: dict[str, Any], count: int = BATCH, seed: int = 1) -> tuple[Tensor, Any]:
+    """Examples and targets for a spec of a mixture."""
+    chance = torch.Generator().manual_seed(seed)
+    model = spec["model"]
+    patches = model["layers"][0].get("patches")
+    shape = (count, patches, model["inputs"]) if patches else (count, model["inputs"])
+    x = torch.randn(shape, generator=chance)
+    return x, targets(model["target"], count, chance)
+
+
+def targets(target: Any, count: int, chance: torch.Generator) -> Tensor:
+    """Targets of a section."""
+    if target == "binary":
+        return torch.randint(0, 2, (count,), generator=chance)
+    if isinstance(target, dict) and target.get("kind") == "classes":
+        return torch.randint(0, target["count"], (count,), generator=chance)
+    size = target["outputs"] if isinstance(target, dict) else target
+    return torch.randn(count, size, generator=chance)
