@@ -70,7 +70,9 @@ def _text(source: Source) -> str:
 
 @cache
 def _planned(text: str, batch: int, length: int) -> Plan:
-    return moegen.plan(json.loads(text), batch=batch, sequence=length)
+    loaded = moegen.load(json.loads(text))
+    short = {"sequence": length} if loaded.spec.model.unit == "token" else {}
+    return moegen.plan(loaded, batch=batch, **short)
 
 
 @cache

@@ -168,19 +168,20 @@ class Probe(Layer):
     def forward(self, b: Builder, x: Any) -> Any:
         """x [B, S, d] to [B, d]."""
         probe = b.param("probe", b.width)
-        q = self._split(self._linear(b, "query", probe.view(1, 1, -1)))
-        k = self._split(self._linear(b, "key", x))
-        v = self._split(self._linear(b, "value", x))
+        q = self._linear(b, "query", probe.view(1, 1, -1))
+        k = self._linear(b, "key", x)
+        v = self._linear(b, "value", x)
+        heads = (self.heads, b.width // self.heads)
+        q = q.unflatten(-1, heads).transpose(1, 2)
+        k = k.unflatten(-1, heads).transpose(1, 2)
+        v = v.unflatten(-1, heads).transpose(1, 2)
         seen = F.scaled_dot_product_attention(q.expand(x.shape[0], -1, -1, -1), k, v)
         out = self._linear(b, "output", seen.transpose(1, 2).flatten(1))
         path = ("model", "norm")
         h = b.inline(self.norm, "apply", "ffn_norm", out, b.width, path=path)
         place: Path = ("model", "pool", "ffn") if self.own else ("model", "ffn")
-        return out + b.child("ffn", self.ffn, h, path=place, role="head")
-
-    def _split(self, x: Any) -> Any:
-        """[B, S, d] to [B, heads, S, d / heads]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        x = out + b.child("ffn", self.ffn, h, path=place, role="head")
+        return x
 
     def _linear(self, b: Builder, name: str, x: Any) -> Any:
         bias = b.param(f"{name}_bias", b.width, init=ZEROS)

@@ -30,9 +30,9 @@ def patch_positions(
     return torch.cat((places.new_zeros(before, width), places))
 
 
-def _kept_of_classes(logits: Tensor, _: Tensor, __: float = 0.0) -> int:
-    """Bytes of log-probabilities in fp32, and of a sum."""
-    return 4 * logits.numel() + 4
+def _kept_of_classes(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> int:
+    """Bytes of log-probabilities in fp32 and of a sum; smoothing marks and counts labels."""
+    return 4 * logits.numel() + 4 + (labels.numel() + 8 if smoothing else 0)
 
 
 @op(saves=("labels",), extra=_kept_of_classes)

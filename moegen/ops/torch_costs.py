@@ -65,7 +65,7 @@ BACKWARD: dict[Key, Callable[..., Fraction]] = {
 _INPUT, _OUT, _FACTORS = (0,), ("out",), ("factors",)
 SAVES: dict[Key, tuple[int | str, ...]] = {
     F.linear: ("factors",),
-    F.conv2d: _FACTORS,
+    F.conv2d: (0, 1),  # both, whichever gradient is needed
     operator.matmul: _FACTORS,
     torch.matmul: _FACTORS,
     torch.bmm: _FACTORS,

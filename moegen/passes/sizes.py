@@ -21,6 +21,8 @@ from moegen.spec.load import Loaded
 
 # Sizes that no spec has by chance, so that a coincidence is no equality.
 BATCH, SEQUENCE = 1009, 2003
+# Others, that leave other rests: what has to hold for both is no coincidence of divisibility.
+AGAIN = (1022, 2014)
 
 
 class _Watched(Shapes):
@@ -54,27 +56,41 @@ def prove_sizes(loaded: Loaded[Any], fusions: tuple[Fusion, ...] = ()) -> None:
 
     A program is general if no equation between a size and a number had to hold on the way.
     """
-    trace = Trace(loaded.spec)
-    root = trace.root()
+    baked = _baked(loaded, fusions, (BATCH, SEQUENCE))
+    if not baked:
+        return
+    try:
+        places = {(p.path, p.note) for p in _baked(loaded, fusions, AGAIN)}
+    except PlanError:
+        places = {(p.path, p.note) for p in baked}  # other sizes do not even fit
+    always = tuple(p for p in baked if (p.path, p.note) in places)
+    if always:
+        raise PlanError(always)
+
+
+def _baked(
+    loaded: Loaded[Any], fusions: tuple[Fusion, ...], sizes: tuple[int, int]
+) -> tuple[Problem, ...]:
+    """What has to hold of the symbols for these sizes; raises PlanError if they do not fit."""
+    root = Trace(loaded.spec).root()
     fuse(root, fusions)
     environment = ShapeEnv(duck_shape=False, specialize_zero_one=True)
     mode = FakeTensorMode(shape_env=environment)
     shapes = _Watched(mode, environment)
     try:
-        ids = _symbolic(mode)
+        ids = _symbolic(mode, sizes)
         with mode:
             inputs = loaded.spec.model.examples(*ids.shape)["forward"]({})
         shapes.run(root, "forward", inputs)
     except Fault as fault:
         note = f"traced at {fault.traced_at}"
         raise PlanError(loaded.problem(fault.path, str(fault), note=note)) from fault
-    if shapes.baked:
-        raise PlanError(tuple(_problem(loaded, node, why) for node, why in shapes.baked))
+    return tuple(_problem(loaded, node, why) for node, why in shapes.baked)
 
 
-def _symbolic(mode: FakeTensorMode) -> Tensor:
+def _symbolic(mode: FakeTensorMode, sizes: tuple[int, int]) -> Tensor:
     """Token ids of symbolic shape."""
-    ids = torch.empty(BATCH, SEQUENCE, dtype=torch.int64, device="meta").to("meta")
+    ids = torch.empty(sizes, dtype=torch.int64, device="meta").to("meta")
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
     made = mode.from_tensor(ids, symbolic_context=context)
     with mode:
