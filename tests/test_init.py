@@ -18,6 +18,7 @@ from moegen.emit.package import package
 from moegen.errors import SpecError
 from moegen.graph.component import Init
 from moegen.graph.execute import Executable
+from moegen.spec import presets
 
 EXPERTS = {"count": 6, "width": 48, "bias": True}
 ROUTED = moe(experts=EXPERTS, shared=1)
@@ -52,6 +53,9 @@ def printed(init: Any, name: str, model: dict[str, Any] | None = None) -> dict[s
 
 def deviation(weight: Tensor) -> float:
     return float(weight.double().std())
+
+
+DRAWN = ["normal", "truncated", "lecun", "uniform", "xavier", "orthogonal"]
 
 
 # Kinds
@@ -97,6 +101,16 @@ def test_lecun_is_normal_over_fan_in() -> None:
         assert float(weight.abs().max()) > 3 * sigma
 
 
+def test_uniform_is_that_of_torchs_own_layers() -> None:
+    layer = one({"kind": "uniform"})
+    for weight in (layer.down, layer.shared.down):
+        alone = torch.nn.Linear(weight.shape[-1], weight.shape[-2]).weight.detach()
+        assert float(weight.abs().max()) == pytest.approx(float(alone.abs().max()), rel=0.01)
+        assert deviation(weight) == pytest.approx(deviation(alone), rel=0.03)
+    small = one({"kind": "uniform", "factor": 0.001}).down
+    assert float(small.abs().max()) == pytest.approx(0.001 * small.shape[-1] ** -0.5, rel=0.01)
+
+
 @pytest.mark.parametrize("gain", [1.0, 0.5])
 def test_xavier_is_that_of_each_experts_own_matrices(gain: float) -> None:
     layer = one({"kind": "xavier", "gain": gain})
@@ -139,7 +153,7 @@ def test_biases_and_norms_start_as_their_elements_say(kind: str) -> None:
     assert (layer.ffn_norm == 1).all()
 
 
-@pytest.mark.parametrize("kind", ["normal", "truncated", "lecun", "xavier", "orthogonal"])
+@pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize("shape", [(5,), (1, 7), (4, 6), (6, 4), (3, 4, 6), (2, 3, 4, 6)])
 def test_weights_of_any_shape_start(kind: str, shape: tuple[int, ...]) -> None:
     weight = torch.zeros(shape)
@@ -236,7 +250,7 @@ def test_identical_experts_start_from_the_same_matrices(kind: str) -> None:
         assert not torch.equal(weight, getattr(model.layers[1].moe, name))
 
 
-@pytest.mark.parametrize("kind", ["normal", "truncated", "lecun", "xavier", "orthogonal"])
+@pytest.mark.parametrize("kind", DRAWN)
 def test_a_factor_multiplies_what_a_kind_draws(kind: str) -> None:
     """Chen et al. 2022."""
     usual = one(kind)
@@ -304,13 +318,13 @@ def test_an_element_may_name_any_function_of_torch() -> None:
     ("init", "path", "sentence"),
     [
         ({"kind": "truncated", "std": 0.1}, "std", "std is for normal, not for truncated"),
-        ({"scale": 0.1}, "scale", "scale is for truncated and lecun, not for normal"),
+        ({"scale": 0.1}, "scale", "scale is for truncated, lecun and uniform, not for"),
         ({"router": {"gain": 2.0}}, "router.gain", "gain is for xavier and orthogonal, not for"),
         ({"kind": "lecun", "corrected": False}, "corrected", "corrected is for truncated, not for"),
         ({"experts": {"last": {"kind": "zeros", "factor": 2.0}}}, "experts.last.factor", "factor"),
         ({"kind": "zeros", "dense": {"factor": 2.0}}, "dense.factor", "not for zeros"),
         ({"router": {"identical": True}}, "router.identical", "identical"),
-        ({"router": "uniform"}, "router", "uniform"),
+        ({"router": "kaiming"}, "router", "kaiming"),
         ({"std": 0.0}, "std", "0"),
     ],
 )
@@ -320,3 +334,35 @@ def test_settings_without_use_are_refused(init: Any, path: str, sentence: str) -
     (problem,) = caught.value.problems
     assert sentence in problem.message
     assert ".".join(map(str, problem.path)).startswith(f"init.{path}")
+
+
+# Presets
+
+
+PRESETS = {
+    "switch": ("router", {"std": (0.1 / 128) ** 0.5}),
+    "switch-flaxformer": ("router", {"std": 0.02}),
+    "deepseek": ("router", {"std": 0.006}),
+    "openmoe": ("router", {"std": (0.1 / 128) ** 0.5}),
+    "soft-moe": ("router", {"std": 128**-0.5}),
+    "chen2022": ("gate_up", {"b": 0.001 * 128**-0.5}),
+    "hash": ("gate_up", {"b": (6 / (48 + 128)) ** 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_start_parts_as_their_sources_do(name: str) -> None:
+    part, wanted = PRESETS[name]
+    found = printed({"preset": name}, part)
+    assert {key: found[key] for key in wanted} == pytest.approx(wanted)
+
+
+def test_presets_of_starts_are_all_held_against_something() -> None:
+    others = {"base", "v-moe", "shazeer2017"}
+    assert set(presets.names("init")) == {*PRESETS, *others}
+    base, same, zero = (one({"preset": name}) for name in ("base", "v-moe", "shazeer2017"))
+    assert not base.down.any()
+    assert float((base.router @ base.router.T).diagonal().mean()) == pytest.approx(0.01)
+    assert all(torch.equal(expert, same.down[0]) for expert in same.down)
+    assert not zero.router.any()
+    assert zero.down.any()

@@ -14,13 +14,14 @@ from moegen.graph.component import Init
 from moegen.spec.element import Element, Path
 from moegen.spec.words import listed
 
-Kind = Literal["normal", "truncated", "lecun", "xavier", "orthogonal", "zeros"]
+Kind = Literal["normal", "truncated", "lecun", "uniform", "xavier", "orthogonal", "zeros"]
 
 # The settings of each kind, and what they are where no rule says them.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "normal": ("std", "factor"),
     "truncated": ("scale", "corrected", "factor"),
     "lecun": ("scale", "factor"),
+    "uniform": ("scale", "factor"),
     "xavier": ("gain", "factor"),
     "orthogonal": ("gain", "factor"),
     "zeros": (),
@@ -43,12 +44,16 @@ class Start(Element):
     kind: Kind | None = Field(
         None,
         description="N(0, std^2); N(0, scale / fan_in), cut at two sigma (truncated) or not "
-        "(lecun); uniform up to gain * sqrt(6 / (fan_in + fan_out)) (xavier); orthogonal rows or "
-        "columns of length gain; zeros",
+        "(lecun); uniform up to sqrt(scale / fan_in), as torch's own layers (uniform), or up to "
+        "gain * sqrt(6 / (fan_in + fan_out)) (xavier); orthogonal rows or columns of length gain; "
+        "zeros",
     )
     std: float | None = Field(None, gt=0, le=10, description="of kind normal; 0.02 unless said")
     scale: float | None = Field(
-        None, gt=0, le=100, description="s of sqrt(s / fan_in), kinds truncated and lecun; else 1"
+        None,
+        gt=0,
+        le=100,
+        description="s of sqrt(s / fan_in), kinds truncated, lecun and uniform; else 1",
     )
     corrected: bool | None = Field(
         None,
@@ -156,6 +161,8 @@ def _drawn(
     if kind == "truncated":
         sigma = sigma / CUT if corrected else sigma
         return Init("trunc_normal_", (("std", sigma), ("a", -2 * sigma), ("b", 2 * sigma)))
+    if kind == "uniform":
+        return Init("uniform_", (("a", -sigma), ("b", sigma)))
     if kind == "xavier":
         bound = gain * factor * math.sqrt(6 / (fan_in + fan_out))
         return Init("uniform_", (("a", -bound), ("b", bound)))

@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 Part = Literal[
-    "embedding", "norms", "attention", "dense", "router", "experts", "shared", "head", "other"
+    "embedding",
+    "norms",
+    "attention",
+    "dense",
+    "recurrent",
+    "router",
+    "experts",
+    "shared",
+    "head",
+    "other",
 ]
 Parts = Literal[Part, "moe", "non_moe"]
 

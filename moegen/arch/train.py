@@ -109,6 +109,7 @@ class PartRates(Element):
     norms: Rates | None = Field(None, description="for norms")
     attention: Rates | None = Field(None, description="for attention")
     dense: Rates | None = Field(None, description="for dense feed-forward networks")
+    recurrent: Rates | None = Field(None, description="for recurrent cells")
     router: Rates | None = Field(None, description="for routers")
     experts: Rates | None = Field(None, description="for routed experts")
     shared: Rates | None = Field(None, description="for shared experts")

@@ -19,7 +19,7 @@ from moegen.ops.gradients import scale_gradient
 from moegen.ops.op import Op, op_of
 from moegen.passes.gradients import Inputs, floating_inputs, needed
 from moegen.passes.memory import peak_backward, peak_forward
-from moegen.passes.refs import Ref, at, made, resolve, size
+from moegen.passes.refs import Ref, at, handed, made, resolve, size
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Program:
         if self.costs.checkpointed(str(node.target)):
             if self.grads[node]:
                 self.out.backward += below.flops  # once more forward
-                self._keep(ref for source in node.all_input_nodes for ref in _tensors(source))
+                self._keep(ref for source in node.all_input_nodes for ref in handed(source))
             return
         self.out.saved += below.saved
         inputs = self._inputs(child, meta.method(node), node)
@@ -323,16 +323,6 @@ class _Program:
             return 0, 0
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta.val)
         return inside(*args, **kwargs)
-
-
-def _tensors(node: fx.Node) -> Iterator[Ref]:
-    """What a child is given at a node: a tensor, or the fields of a record."""
-    value = meta.val(node)
-    if isinstance(value, Tensor):
-        yield Ref(node)
-    for name in getattr(value, "_fields", ()):
-        if isinstance(getattr(value, name), Tensor):
-            yield Ref(node, (name,))
 
 
 def _argument(node: fx.Node, index: int | str) -> Any:

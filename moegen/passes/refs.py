@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx
@@ -70,6 +70,16 @@ def _viewed(node: fx.Node, path: tuple[str | int, ...]) -> Ref | None:
         if isinstance(other, Tensor) and other.untyped_storage()._cdata == storage:
             return Ref(source)
     return None
+
+
+def handed(node: fx.Node) -> Iterator[Ref]:
+    """What a child is given at a node: a tensor, or the fields of a record."""
+    value = meta.val(node)
+    if isinstance(value, Tensor):
+        yield Ref(node)
+    for name in getattr(value, "_fields", ()):
+        if isinstance(getattr(value, name), Tensor):
+            yield Ref(node, (name,))
 
 
 def at(value: Any, path: tuple[str | int, ...]) -> Any:
