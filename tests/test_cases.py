@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 
 import moegen
-from moegen.arch import capacity, experts, mixture_rules, spec, train
+from moegen.arch import (
+    capacity,
+    encoder_decoder,
+    experts,
+    mixture_rules,
+    positions,
+    recurrence,
+    recurrent,
+    spec,
+    train,
+)
 from moegen.arch.losses import auxiliary, balance, entropy, importance
 from moegen.arch.routing import (
     expert_choice,
@@ -33,10 +43,12 @@ from moegen.arch.routing import (
 from moegen.errors import SpecError
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.yaml"))
-RULES = ("rules", "check", "_side", "_unknown_losses")
+RULES = ("rules", "check", "_side", "_broken_stacks", "_broken", "_unknown_losses")
 ALL_OF = (mixture_rules, router_rules)  # but for what they warn of
 MODULES = (
+    *(encoder_decoder, positions),
     *(capacity, experts, auxiliary, balance, entropy, importance, expert_choice, gate, noise),
+    *(recurrence, recurrent),
     *(restrict, router, score, second, spec, token_choice, train, *ALL_OF),
 )
 

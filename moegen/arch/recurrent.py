@@ -28,6 +28,7 @@ from moegen.graph.layer import Layer
 from moegen.ops.losses import next_token_loss, real_tokens
 from moegen.ops.sampling import sampled_softmax_loss
 from moegen.spec.element import Element, OneOf, Path
+from moegen.spec.words import counted
 
 Squash = Literal["sigmoid", "none"]
 
@@ -150,8 +151,10 @@ class Recurrent(Model):
             sentence = "mixtures of a recurrent model stand between its layers"
             yield ("moe", "placement"), f"{sentence}; say placement: {{insert: 1}}"
             return
-        for path, sentence in self.moe.placement.outside(self.layers):
-            yield ("moe", "placement", *path), sentence
+        if self.moe.placement.insert >= self.layers:
+            room = f"there is room for {self.layers - 1} between {counted(self.layers, 'layer')}"
+            yield ("moe", "placement", "insert"), f"{room}, not for {self.moe.placement.insert}"
+            return
         if self.moe.extra:
             sentence = "extra is a branch of attention's blocks"
             yield ("moe", "extra"), f"{sentence}; a recurrent model has none"
@@ -206,8 +209,9 @@ class Recurrent(Model):
     def _order(self) -> list[bool]:
         """Whether each layer is recurrent, in the order of the stack."""
         order = [True] * self.layers
-        for place in self.moe.placement.inserted(self.layers) if self.moe else ():
-            order.insert(place, False)
+        places = self.moe.placement.inserted(self.layers) if self.moe else ()
+        for before, place in enumerate(places):
+            order.insert(place + before, False)  # never two of them in a row
         return order
 
     def stack(self) -> list[RecurrentLayer | MixtureLayer]:

@@ -148,8 +148,10 @@ class _Attempt:
             return None
         if value is None:
             value = self.names[node]
+        whole = meta.val(node)
+        count = len(whole) if isinstance(whole, (tuple, list)) else max(parts) + 1
         names = []
-        for index in range(max(parts) + 1):
+        for index in range(count):
             part = parts.get(index)
             names.append(self._take(part, place) if part and part.users else "_")
         comma = "," if len(names) == 1 else ""
@@ -208,4 +210,5 @@ def _plain_name(node: fx.Node) -> str:
     """A name for a value that its author gave none."""
     target = node.target
     text = target.rpartition(".")[2] if isinstance(target, str) else target.__name__
-    return text.strip("_") or "value"
+    name = text.strip("_")
+    return name if name.isidentifier() else "value"  # and not the number of a layer
