@@ -37,49 +37,55 @@ class System:
     """An entry of systems.yaml.
 
     specs: names of specs, the one that is shown first; example: the module below examples/ that
-    trained it, or None; lesson: one paragraph on what it taught the field.
+    trained it, or None; lesson: one paragraph on what it taught the field; year: where no spec
+    says it, since experts need not be networks.
     """
 
     name: str
     title: str
-    specs: tuple[str, ...]
     lesson: str
+    specs: tuple[str, ...] = ()
     example: str | None = None
+    year: int | None = None
 
 
 def systems() -> list[System]:
     """All entries, in the order of the index."""
     entries = yaml.safe_load((GALLERY / "systems.yaml").read_text("utf-8"))
-    return [System(**{**entry, "specs": tuple(entry["specs"])}) for entry in entries]
+    return [System(**{**entry, "specs": tuple(entry.get("specs", ()))}) for entry in entries]
 
 
 def page(system: System) -> str:
     """The page of a system, in Markdown."""
-    first = planned(system.specs[0])
-    parts = [
-        f"# {system.title}",
-        f"*{_from(first)}*",
-        system.lesson.strip(),
-        "## The spec",
-        f"[`specs/{system.specs[0]}.yaml`](../../../specs/{system.specs[0]}.yaml)",
-        f"```yaml\n{(SPECS / f'{system.specs[0]}.yaml').read_text('utf-8').strip()}\n```",
-        f"```console\nmoegen build specs/{system.specs[0]}.yaml\n```",
-        "## The model",
-        f"```mermaid\n{FORMATS['mermaid'](of_plan(first)).strip()}\n```",
-        "## Its numbers",
-        _table(system.specs),
-        *_trained(system),
-    ]
+    parts = [f"# {system.title}", system.lesson.strip(), *_specified(system), *_trained(system)]
     return "\n\n".join(parts) + "\n"
+
+
+def _specified(system: System) -> Iterator[str]:
+    """The spec, the model that it makes, and its numbers."""
+    if not system.specs:
+        return
+    name = system.specs[0]
+    first = planned(name)
+    yield f"*{_from(first)}*"
+    yield "## The spec"
+    yield f"[`specs/{name}.yaml`](../../../specs/{name}.yaml)"
+    yield f"```yaml\n{(SPECS / f'{name}.yaml').read_text('utf-8').strip()}\n```"
+    yield f"```console\nmoegen build specs/{name}.yaml\n```"
+    yield "## The model"
+    yield f"```mermaid\n{FORMATS['mermaid'](of_plan(first)).strip()}\n```"
+    yield "## Its numbers"
+    yield _table(system.specs)
 
 
 def index(found: Sequence[System]) -> str:
     """The page that lists the others."""
-    rows = [
-        f"| {planned(s.specs[0]).spec.year or ''} | [{s.title}]({s.name}/README.md) "
-        f"| {planned(s.specs[0]).spec.model.kind} | {'yes' if results(s) else ''} |"
-        for s in found
-    ]
+    rows = []
+    for system in found:
+        spec = planned(system.specs[0]).spec if system.specs else None
+        year, kind = (spec.year, spec.model.kind) if spec else (system.year, "no networks")
+        trained = "yes" if system.example else ""
+        rows.append(f"| {year} | [{system.title}]({system.name}/README.md) | {kind} | {trained} |")
     head = [
         "# Gallery",
         "",
