@@ -10,7 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
+from image_specs import VISION
 from tiny_specs import SPECS
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from moegen.graph.execute import Executable, tensors
 from moegen.planner import Plan
 
 NAMES = sorted(SPECS)
+OTHERS = {**VISION}  # kinds of models whose other tests are apart
 
 
 @cache
@@ -117,6 +120,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("emitted")
     for name in NAMES:
         made = package(planned(name), backend("eager"))
+        write(made, place / name.replace("-", "_"), force=False)
+    for name, source in OTHERS.items():
+        made = package(tiny_models.planned(source), backend("eager"))
         write(made, place / name.replace("-", "_"), force=False)
     return place
 

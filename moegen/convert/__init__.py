@@ -17,6 +17,7 @@ from moegen.convert import (
     olmoe,
     qwen2_moe,
     qwen3_moe,
+    vit,
 )
 from moegen.convert.family import Family
 from moegen.convert.layout import ConversionError
@@ -34,6 +35,7 @@ _MODULES = (
     olmoe,
     qwen2_moe,
     qwen3_moe,
+    vit,
 )
 FAMILIES: Mapping[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 

@@ -214,6 +214,22 @@ class Interleaved(_Of):
         return layout(self.source).write(_regroup(value, self.dim, (2, -1)), place)
 
 
+@dataclass(frozen=True)
+class Leading(_Of):
+    """So many dimensions of size 1 before all others, which are not wanted."""
+
+    ones: int
+
+    def read(self, held: Held, place: Place) -> Tensor:
+        """Without them."""
+        value = layout(self.source).read(held, place)
+        return value.reshape(value.shape[self.ones :])
+
+    def write(self, value: Tensor, place: Place) -> Iterator[tuple[str, Tensor]]:
+        """With them."""
+        return layout(self.source).write(value[(None,) * self.ones], place)
+
+
 def _regroup(value: Tensor, dim: int, shape: tuple[int, int]) -> Tensor:
     """Exchange the two dimensions of `shape` that a dimension is made of."""
     return torch.unflatten(value, dim, shape).transpose(dim, dim + 1).flatten(dim, dim + 1)

@@ -15,7 +15,7 @@ def patch_positions(
 ) -> Tensor:
     """Sines and cosines of each patch's place -> [before + rows * columns, width].
 
-    In quarters: sine and cosine of the column, then of the row, at width / 4 frequencies
+    In quarters: sine and cosine of the row, then of the column, at width / 4 frequencies
     from 1 down to nearly 1 / base (He et al. 2022, arXiv:2111.06377). `before` rows of
     zeros come first, for tokens that have no place.
     """
@@ -24,7 +24,7 @@ def patch_positions(
     frequencies = base**-exponents
     row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
     column = torch.arange(columns, dtype=torch.float64).repeat(rows)
-    angles = [place.unsqueeze(-1) * frequencies for place in (column, row)]
+    angles = [place.unsqueeze(-1) * frequencies for place in (row, column)]
     waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
     places = torch.cat(waves, 1).float()
     return torch.cat((places.new_zeros(before, width), places))
