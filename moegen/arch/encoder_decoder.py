@@ -68,7 +68,7 @@ class EncoderDecoder(SequencePair):
         """What the parts need of the whole."""
         attention = self.attention
         if type(attention) is not GroupedQueryAttention:
-            yield ("attention", "kind"), f"an encoder-decoder has gqa, not {attention.kind}"
+            yield ("attention", "kind"), f"encoder-decoders have no {attention.kind}; say kind: gqa"
             return
         for name in _DECODERS_ALONE:
             if getattr(attention, name, None) not in (None, False, "none"):
@@ -88,11 +88,11 @@ class EncoderDecoder(SequencePair):
 
     def _broken_stacks(self) -> Iterator[tuple[Path, str]]:
         """Each stack by itself, and mixtures that no layer has."""
-        found = [problem for stack in self.stacks().values() for problem in stack.rules()]
+        found = [problem for stack in self.stacks().values() for problem in self._broken(stack)]
         yield from dict.fromkeys(found)
         for name in ("encoder", "decoder"):
             if self.moe is None and getattr(self, name).placement is not None:
-                yield (name, "placement"), "there is no moe to place"
+                yield (name, "placement"), "there is no moe to place; add one, or remove placement"
         if self.moe is None:
             return
         if not self.routed() and not found:
@@ -100,6 +100,13 @@ class EncoderDecoder(SequencePair):
         if self.moe.overrides:
             sentence = "layers are of two stacks here, so overrides do not tell whose; remove them"
             yield ("moe", "overrides"), sentence
+
+    @staticmethod
+    def _broken(stack: Stack) -> Iterator[tuple[Path, str]]:
+        if stack.placement is not None and stack.placement.insert:
+            yield (*stack.said_at, "insert"), "insert is for decoders alone; choose layers instead"
+            return
+        yield from stack.rules()
 
     def programs(self) -> tuple[str, ...]:
         """Training, its loss, reading a source, decoding, and the balance biases' update."""
@@ -255,11 +262,8 @@ class EncoderDecoder(SequencePair):
         valid = real_tokens(ids, mask) if stack.routed else None
         known = known_ids(b, self.stacks()["encoder"].routed(), ids, given)
         inputs = (x, hidden, valid, *known.values())
-        if not stack.routed:
+        if alone or not stack.routed:
             memory = b.child("encoder", stack, *inputs)
-            return memory, None
-        if alone:
-            memory = b.child("encoder", stack, *inputs)[0]
             return memory, None
         memory, encoder_routing = b.child("encoder", stack, *inputs)
         return memory, encoder_routing

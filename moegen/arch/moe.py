@@ -114,9 +114,9 @@ class MoE(Layer):
                     yield ("overrides", index, name), f"{name} holds for all routed layers"
             try:
                 other = self._override(index)
-                alike = (other.num_experts, other.chosen) == (self.num_experts, self.chosen)
-                if pooled and not alike:
-                    sentence = "a pooled loss needs the same experts and k in every layer"
+                facts = [(m.num_experts, m.chosen, m.group) for m in (self, other)]
+                if pooled and facts[0] != facts[1]:
+                    sentence = "a pooled loss needs the same experts, k and group in every layer"
                     yield ("overrides", index), sentence
             except ValidationError as error:
                 for detail in error.errors():
@@ -229,6 +229,9 @@ class MoE(Layer):
             outcome = Outcome(self, scored, routed, probability, inside)
             losses = self._losses(b, outcome)
             entropy = router_entropy(scored.scores, valid)
+            pooled: dict[str, Any] = {}
+            for loss in self.losses.values():
+                pooled |= loss.pools(b, outcome)
         out = out.view_as(x)
         routing = b.record(
             "Routing",
@@ -237,6 +240,7 @@ class MoE(Layer):
             probability=probability,
             entropy=entropy,
             losses=losses,
+            **pooled,
         )
         return out, routing
 

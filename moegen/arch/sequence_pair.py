@@ -49,8 +49,7 @@ class SequencePair(Model):
 
     def caches(self, cache: Any, sequence: int) -> dict[str, tuple[Any, int]]:
         """What is kept of the target and of the source, apart."""
-        layers = [layer for layer in cache.layers if layer]
-        own, across = [layer[0] for layer in layers], [layer[1] for layer in layers]
+        own, across = zip(*cache.layers, strict=True)
         return {
             "cache of the target": (own, int(self.target(sequence))),
             "cache of the source": ([across, cache.source], sequence),

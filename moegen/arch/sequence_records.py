@@ -45,7 +45,7 @@ RECORDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         "What decoding keeps of a batch of sources and of what was written so far.",
         {
             "source": "[B, 1, 1, S], very low at padding, else 0",
-            "layers": "keys and values of each: of the target, and of the source",
+            "layers": "target's, source's",
         },
     ),
 }

@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 
 from moegen.arch.attention import GroupedQueryAttention
-from moegen.arch.block import InsertedBlock
 from moegen.arch.cross_attention import (
     POSITIONS,
     BiasedAttention,
@@ -102,15 +101,15 @@ class SequenceStack(Layer):
         cos, sin = b.inline(attention.rope, "tables", "frequencies", width, positions, path=path)
         return {"cos": cos, "sin": sin}
 
-    def _run(self, b: Builder, x: Any, context: Any) -> Any:
-        """x [B, S, d] to [B, S, d], and the routing records of the layers if any is routed."""
-        routing = b.no_items() if self.routed else None
+    def _run(self, b: Builder, x: Any, context: Any, told: bool) -> Any:
+        """x [B, S, d] to [B, S, d], and the routing records of the layers if told."""
+        routing = b.no_items() if told else None
         for layer, block in enumerate(self._stack(b).blocks()):
-            if routing is None:
-                x = b.child(f"layers.{layer}", block, x, context)
-            else:
+            if self.routed:
                 x, records = b.child(f"layers.{layer}", block, x, context)
-                routing = routing + records
+                routing = None if routing is None else routing + records
+            else:
+                x = b.child(f"layers.{layer}", block, x, context)
         x = self._norm(b, x)
         return x if routing is None else (x, routing)
 
@@ -125,18 +124,27 @@ class EncoderStack(SequenceStack):
     name: ClassVar[str] = "encoder"
 
     def programs(self) -> tuple[str, ...]:
-        """It is run once for a source."""
-        return ("forward", *self._update())
+        """It is run once for a source: for its losses too, or for what it makes alone."""
+        return ("forward", *(("encode",) if self.routed else ()), *self._update())
 
     def forward(self, b: Builder, x: Any, hidden: Any, valid: Any, **ids: Any) -> Any:
         """x [B, S, d], hidden [B, 1, 1, S] and valid [B * S] to [B, S, d]."""
+        return self._encoded(b, x, hidden, valid, ids, told=self.routed)
+
+    def encode(self, b: Builder, x: Any, hidden: Any, valid: Any, **ids: Any) -> Any:
+        """As forward, without records of routing."""
+        return self._encoded(b, x, hidden, valid, ids, told=False)
+
+    def _encoded(
+        self, b: Builder, x: Any, hidden: Any, valid: Any, ids: dict[str, Any], told: bool
+    ) -> Any:
         positions = torch.arange(x.shape[1], device=x.device)
         fields = self._biases(b, positions, positions, hidden)
         fields |= self._turns(b, positions)
         if self.routed:
             fields |= {"valid": valid, **ids}
         context = b.record("EncoderContext", **fields)
-        return self._run(b, x, context)
+        return self._run(b, x, context, told)
 
 
 class DecoderStack(SequenceStack):
@@ -157,20 +165,18 @@ class DecoderStack(SequenceStack):
         if self.routed:
             fields |= {"valid": valid, **ids}
         context = b.record("DecoderContext", **fields)
-        return self._run(b, x, context)
+        return self._run(b, x, context, self.routed)
 
     def step(self, b: Builder, x: Any, start: Any, cache: Any, source: Any, **ids: Any) -> Any:
         """x [B, T, d] at positions start, start + 1, ... to [B, T, d]; fills the cache."""
-        blocks = self._stack(b).blocks()
         positions = start + torch.arange(x.shape[1], device=x.device)
-        own = next(i for i, block in enumerate(blocks) if not isinstance(block, InsertedBlock))
         fields: dict[str, Any] = {"start": start, "positions": positions, "source": source}
         if isinstance(b.spec.model.positions, Relative):
-            keys = torch.arange(cache[own][0][0].shape[2], device=x.device)
+            keys = torch.arange(cache[0][0][0].shape[2], device=x.device)
             hidden = later_bias(positions, keys, b.spec.precision.compute_dtype)
             fields |= self._biases(b, positions, keys, hidden)
         place = b.record("Place", **fields, **self._turns(b, positions), **ids)
-        for layer, block in enumerate(blocks):
+        for layer, block in enumerate(self._stack(b).blocks()):
             x = b.child(f"layers.{layer}", block, x, place, cache[layer])
         return self._norm(b, x)
 

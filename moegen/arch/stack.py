@@ -138,7 +138,7 @@ def known_ids(
 def total_losses(b: Builder, moe: Any, routing: Any) -> dict[str, Any]:
     """Every auxiliary loss over all routed layers, weighted, ready to be added."""
     return {
-        name: loss.over_layers(b, name, routing, moe.chosen) * loss.weight
+        name: loss.over_layers(b, name, routing, moe) * loss.weight
         for name, loss in moe.losses.items()
     }
 

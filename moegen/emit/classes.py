@@ -303,6 +303,8 @@ RECORDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
             "dropped": "[], the fraction of them beyond capacity",
             "probability": "[E], mean score of each expert",
             "losses": "this layer's own, not weighted",
+            "shares": "[G, E], choices of each expert by a real token of each group",
+            "probabilities": "[G, E], mean score of each expert in each group",
         },
     ),
     "Output": (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,6 +40,50 @@ def grouped_balance_loss(
     fraction = (in_groups(chosen, group) * real).sum(1) / some / (k if divide else 1)
     filled = (real.sum((1, 2)) > 0).sum().clamp(min=1)
     return num_experts * (fraction * probability).sum() / filled
+
+
+def _kept_of_probability(scores: Tensor, valid: Tensor, group: int) -> int:
+    """Bytes of a mark a token and of a length a group."""
+    groups = -(-scores.shape[0] // max(group, 1))
+    return (groups * group + groups) * scores.dtype.itemsize
+
+
+@op(extra=_kept_of_probability)
+def group_probability(scores: Tensor, valid: Tensor, group: int) -> Tensor:
+    """Mean [G, E] of scores [T, E] over the real tokens of each group of so many in a row."""
+    real = in_groups(valid.to(scores.dtype), group).unsqueeze(-1)
+    return (in_groups(scores, group) * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+@op()
+def group_shares(
+    experts: Tensor, num_experts: int, valid: Tensor, group: int
+) -> Tensor:
+    """Choices [G, E] of each expert by a real token of each group, experts [T, k] -> they sum to k.
+
+    A group without real tokens has none.
+    """
+    chosen = torch.zeros(experts.shape[0], num_experts, device=experts.device)
+    chosen = chosen.scatter(-1, experts, 1.0)
+    real = in_groups(valid.float(), group).unsqueeze(-1)
+    return (in_groups(chosen, group) * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def _kept_of_pool(routing: Sequence[Any], divide: int) -> int:
+    """Bytes of shares averaged over layers, and of the number of groups."""
+    return int(4 * routing[0].shares.numel() + 8)
+
+
+@op(extra=_kept_of_pool)
+def pooled_group_balance_loss(routing: Sequence[Any], divide: int) -> Tensor:
+    """E * sum of f_e P_e inside each group, both averaged over layers first; mean over groups.
+
+    f_e are shares over `divide`, so that transformers' Switch is met where groups are sequences.
+    """
+    fraction = torch.stack([r.shares for r in routing]).mean(0) / divide
+    probability = torch.stack([r.probabilities for r in routing]).mean(0)
+    filled = (fraction.sum(-1) > 0).sum().clamp(min=1)
+    return fraction.shape[-1] * (fraction * probability).sum() / filled
 
 
 @op(

@@ -85,7 +85,11 @@ class AuxiliaryLoss(Kinds):
         """The layer's own value, not weighted."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
-    def over_layers(self, b: Builder, name: str, routing: Any, chosen: int) -> Any:
+    def pools(self, b: Builder, outcome: Outcome) -> dict[str, Any]:
+        """What a pooled loss needs of a layer beside its load and mean scores: record fields."""
+        return {}
+
+    def over_layers(self, b: Builder, name: str, routing: Any, moe: MoE) -> Any:
         """The value over all layers, not weighted."""
         if self.reduction == "sum":
             return sum_over_layers(routing, name)

@@ -14,7 +14,10 @@ from moegen.arch.setting import Setting
 from moegen.graph.builder import Builder
 from moegen.ops.balance_losses import (
     communication_fractions,
+    group_probability,
+    group_shares,
     grouped_balance_loss,
+    pooled_group_balance_loss,
     second_probability,
     token_balance_loss,
 )
@@ -37,7 +40,8 @@ class BalanceLoss(AuxiliaryLoss):
 
     count says what f counts: first choices only, all k choices (balanced value k), or all
     divided by k (balanced value 1), or second choices against what first ones leave (Mesh-TF).
-    reduction "pooled" averages f and P over layers before the product, as transformers' models do.
+    reduction "pooled" averages f and P over layers before the product, as transformers' models do;
+    of each sequence apart where tokens are balanced in groups (its Switch).
     """
 
     kind: Literal["balance"] = "balance"
@@ -69,11 +73,6 @@ class BalanceLoss(AuxiliaryLoss):
             yield ("after_capacity",), "there is no capacity, so all that is chosen is kept"
         if self.pooled and moe.experts.nested:
             yield ("reduction",), "a pooled loss knows no mixtures inside experts"
-        if self.pooled and moe.group_kind != "batch":
-            yield (
-                ("reduction",),
-                "the pooled loss knows no groups; use sum or mean, or group: batch",
-            )
         if moe.group != "batch" and self.count == "second":
             yield ("count",), "second choices are counted over the batch only"
 
@@ -133,11 +132,23 @@ class BalanceLoss(AuxiliaryLoss):
             made = F.one_hot(experts, choices)
         return masked_mean(made.sum(1), outcome.scored.valid)
 
-    def over_layers(self, b: Builder, name: str, routing: Any, chosen: int) -> Any:
+    def pools(self, b: Builder, outcome: Outcome) -> dict[str, Any]:
+        """Statistics of each group, where tokens are balanced in groups."""
+        scored = outcome.scored
+        if not self.pooled or scored.site.group is None:
+            return {}
+        group, valid = scored.site.group, scored.valid
+        shares = group_shares(outcome.routed.choices, outcome.moe.num_choices, valid, group)
+        probabilities = group_probability(scored.scores, valid, group)
+        return {"shares": shares, "probabilities": probabilities}
+
+    def over_layers(self, b: Builder, name: str, routing: Any, moe: MoE) -> Any:
         """Reduced as the spec says."""
+        if self.pooled and moe.group_kind != "batch":
+            return pooled_group_balance_loss(routing, 1 if self.count == "all" else moe.chosen)
         if self.pooled:
-            return pooled_balance_loss(routing, chosen if self.count == "all" else 1)
-        return super().over_layers(b, name, routing, chosen)
+            return pooled_balance_loss(routing, moe.chosen if self.count == "all" else 1)
+        return super().over_layers(b, name, routing, moe)
 
 
 class SequenceBalanceLoss(AuxiliaryLoss):

@@ -25,8 +25,8 @@ class SequenceToSequence(Network):
         """What the decoder reads to write labels."""
         raise NotImplementedError
 
-    def encode(self, ids: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
-        """What the encoder makes of a source."""
+    def encode(self, *inputs: Any, **given: Any) -> Tensor:
+        """What the encoder makes of ids [B, S] with mask [B, S]: [B, S, d]."""
         raise NotImplementedError
 
     def new_cache(self, memory: Tensor, length: int, mask: Tensor | None = None) -> Any:
