@@ -22,11 +22,13 @@ from moegen.arch import (
     encoder_decoder,
     experts,
     mixture_rules,
+    patches,
     positions,
     recurrence,
     recurrent,
     spec,
     train,
+    vision,
 )
 from moegen.arch.losses import auxiliary, balance, entropy, importance
 from moegen.arch.routing import (
@@ -46,7 +48,7 @@ CASES = sorted((Path(__file__).parent / "cases").glob("*.yaml"))
 RULES = ("rules", "check", "_side", "_broken_stacks", "_broken", "_unknown_losses")
 ALL_OF = (mixture_rules, router_rules)  # but for what they warn of
 MODULES = (
-    *(encoder_decoder, positions),
+    *(encoder_decoder, positions, patches, vision),
     *(capacity, experts, auxiliary, balance, entropy, importance, expert_choice, gate, noise),
     *(recurrence, recurrent),
     *(restrict, router, score, second, spec, token_choice, train, *ALL_OF),

@@ -112,5 +112,5 @@ def test_optional_rows_stand_or_fall_together():
 def test_an_unknown_family():
     with pytest.raises(ConversionError, match="no table for 'mixtrel'; did you mean 'mixtral'"):
         to_moegen("mixtrel", {})
-    with pytest.raises(ConversionError, match=r"there are deepseek_v2, .* and qwen3_moe"):
-        to_moegen("llama", {})
+    with pytest.raises(ConversionError, match=r"there are deepseek_v2, .* and vit"):
+        to_moegen("rwkv", {})
