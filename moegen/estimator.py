@@ -71,10 +71,11 @@ class Estimate:
 
     counts: parameters by role and the active counts; flops: of one unit of the model (a token, an
     image) by role, averaged over a causal sequence where there is one; sides: of one unit of each
-    sort, where a model tells sorts apart; decode_flops: of one new token after a full context;
-    weight_bytes: by role; cache_bytes: for batch sequences of the context's length; both None for
-    models that do not decode; training and inference: what a single GPU must hold; beside: the
-    eager backend's estimate, where another one is asked for.
+    sort, where a model tells sorts apart; by_task: parameters that a unit uses for each task;
+    decode_flops: of one new token after a full context; weight_bytes: by role; cache_bytes: for
+    batch sequences of the context's length; both None for models that do not decode; training and
+    inference: what a single GPU must hold; beside: the eager backend's estimate, where another one
+    is asked for.
     """
 
     plan: Plan
@@ -89,6 +90,7 @@ class Estimate:
     inference: Memory
     fit: Fit | None
     sides: dict[str, dict[str, Flops]] = field(default_factory=dict)
+    by_task: dict[str, int] = field(default_factory=dict)
     backend: str = "eager"
     beside: Estimate | None = None
 
@@ -147,6 +149,7 @@ def estimate(
         inference=inference,
         fit=None,
         sides=_sides(plan, forward, checkpointing),
+        by_task=plan.spec.model.by_task(plan.root),
     )
     if gpu is None:
         return made

@@ -106,3 +106,53 @@ def targets(target: Any, count: int, chance: torch.Generator) -> Tensor:
         return torch.randint(0, target["count"], (count,), generator=chance)
     size = target["outputs"] if isinstance(target, dict) else target
     return torch.randn(count, size, generator=chance)
+
+
+def multitask(name: str, mixture: dict[str, Any], **rest: Any) -> dict[str, Any]:
+    """A model of three tasks on five numbers."""
+    top = {key: rest.pop(key) for key in ("precision", "init", "train") if key in rest}
+    tasks = {
+        "clicks": "binary",
+        "kind": {"target": {"kind": "classes", "count": 3}, "weight": 0.5},
+        "price": "values",
+    }
+    model: dict[str, Any] = {"kind": "multitask", "inputs": 5, "tower": {"hidden": [3]}}
+    model |= {"mixture": {"width": 6, **mixture}, "tasks": tasks, **rest}
+    return {"name": name, "model": model, **top}
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    s["name"]: s
+    for s in (
+        multitask("mmoe", {"experts": RELU}),
+        multitask("omoe", {"experts": {**RELU, "bias": False}}, gates="shared"),
+        multitask("bottom", {"experts": {"count": 1, "hidden": [4]}}, gates="none"),
+        multitask("unlike-mmoe", {**UNLIKE, "router": {}}),
+        multitask(
+            "sparse-mmoe", {"experts": RELU, "router": {"select": 2}, "losses": {"balance": 0.1}}
+        ),
+        multitask("sparse-omoe", {**UNLIKE, "losses": {"load": 0.1}}, gates="shared"),
+        multitask("mmoe-fp64", {"experts": RELU, "router": {"noise": "gaussian"}}, precision=WIDE),
+        multitask("mmoe-bf16", {"experts": RELU}, precision={"parameters": "bf16"}),
+    )
+}
+
+
+def labels_of(spec: dict[str, Any], count: int = BATCH, seed: int = 1) -> tuple[Tensor, Any]:
+    """Examples and labels by task for a spec of several tasks."""
+    chance = torch.Generator().manual_seed(seed)
+    x = torch.randn((count, spec["model"]["inputs"]), generator=chance)
+    known = {}
+    for name, task in spec["model"]["tasks"].items():
+        target = task["target"] if isinstance(task, dict) else task
+        known[name] = targets(1 if target == "values" else target, count, chance)
+    return x, known
+
+
+ALL = {**MIXTURES, **TASKS}
+
+
+def any_batch(spec: dict[str, Any], count: int = BATCH) -> tuple[Tensor, Any]:
+    """Examples and what is known of them, for a spec of either kind."""
+    made = labels_of if spec["model"]["kind"] == "multitask" else batch_of
+    return made(spec, count)

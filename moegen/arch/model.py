@@ -12,6 +12,7 @@ from moegen.spec.words import counted
 
 if TYPE_CHECKING:
     from moegen.arch.moe import MoE
+    from moegen.graph.component import Component
 
 LONGEST = 4096  # tokens that a plan is for unless more are asked for
 
@@ -104,6 +105,10 @@ class Model(Kinds, Layer):
     def sides(self, batch: int, sequence: int) -> tuple[Side, ...]:
         """Sorts of units whose FLOPs are told apart, if there are any; the last has the rest."""
         return ()
+
+    def by_task(self, root: Component) -> dict[str, int]:
+        """Parameters that one unit uses for each task, of a model with several tasks."""
+        return {}
 
     def caches(self, cache: Any, sequence: int) -> dict[str, tuple[Any, int]]:
         """The parts of a cache by name, and the positions that each is for; 0 if for any."""

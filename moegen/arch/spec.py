@@ -12,6 +12,7 @@ import moegen.arch.encoder_decoder
 import moegen.arch.latent_attention
 import moegen.arch.losses
 import moegen.arch.mixture.model
+import moegen.arch.multitask
 import moegen.arch.recurrent
 import moegen.arch.routing
 import moegen.arch.vision  # noqa: F401  (registers all parts)

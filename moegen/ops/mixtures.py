@@ -139,3 +139,19 @@ def fixed_signs(count: int) -> Tensor:
 def number(value: float) -> Tensor:
     """A number, as a tensor [1]."""
     return torch.full((1,), value)
+
+
+@op(flops=lambda weights: 0)
+def chosen_by_any(weights: Tensor) -> Tensor:
+    """Experts with a weight of any task: [B, T, E] -> numbers [B, E], E in place of the others."""
+    experts = weights.shape[-1]
+    every = torch.arange(experts, device=weights.device)
+    return torch.where((weights != 0).any(1), every, experts)
+
+
+@op(flops=lambda rows, order: 0, extra=lambda rows, order: order.nbytes)
+def ungroup_rows(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows [N, n] back in the order of the flattened choices that they were made for."""
+    back = torch.empty_like(order)
+    places = torch.arange(order.shape[0], device=order.device)
+    return rows.index_select(0, back.scatter_(0, order, places))

@@ -37,6 +37,7 @@ def facts(made: Estimate) -> Facts:
             "active_without_input_embedding": counts.active_without_input_embedding,
             "active_without_embeddings": counts.active_without_embeddings,
             "by_role": {role: asdict(share) for role, share in sorted(counts.by_role.items())},
+            **({"by_task": made.by_task} if made.by_task else {}),
             "bytes": sum(made.weight_bytes.values()),
         },
         "buffers": counts.buffers,

@@ -19,6 +19,8 @@ def print_parameters(screen: Console, made: Estimate) -> None:
     """Everything about parameters and buffers."""
     _by_role(screen, made)
     _active(screen, made)
+    if made.by_task:
+        _of_tasks(screen, made)
     _published(screen, made)
 
 
@@ -51,6 +53,16 @@ def _by_role(screen: Console, made: Estimate) -> None:
     if counts.buffers:
         held = numbers.exact(counts.buffers)
         note(screen, f"Not counted: {held} values in buffers that checkpoints hold.")
+
+
+def _of_tasks(screen: Console, made: Estimate) -> None:
+    """What an example uses where one task alone is asked for."""
+    unit = made.plan.spec.model.unit
+    rows = table(f"Active parameters of one {unit}, by task", ("task", ">parameters", ">of all"))
+    for task, used in made.by_task.items():
+        rows.add_row(plain(task), numbers.exact(used), numbers.share(used, made.counts.total))
+    screen.print()
+    screen.print(rows)
 
 
 def _active(screen: Console, made: Estimate) -> None:

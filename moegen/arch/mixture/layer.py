@@ -194,13 +194,17 @@ class MixtureLayer(Layer):
                 gates = gates.to(b.spec.precision.compute_dtype)
         with b.section("experts"):
             outputs = self._all(b, x)
-        none = torch.zeros((), device=gates.device)
         best = scored.scores.argmax(-1, keepdim=True)
         load = expert_load(best, self.num_experts, scored.valid)
         every = torch.arange(self.num_experts, device=x.device).expand(x.shape[0], -1)
-        unused: Any = None  # there are no rows
-        routed = Routed(unused, unused, unused, load, none, every, every, gates)
+        routed = self._chosen(x, gates, every, load)
         return outputs, gates, self._routing(b, scored, routed)
+
+    def _chosen(self, x: Any, weights: Any, choices: Any, load: Any) -> Routed:
+        """What routing gives where there are no rows."""
+        unused: Any = None
+        none = torch.zeros((), device=x.device)
+        return Routed(unused, unused, unused, load, none, choices, choices, weights)
 
     def _constrained(self, b: Builder, gates: Any) -> Any:
         """Gates in training, by how much experts had so far; a margin of infinity is none."""
