@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from counted_flops import counter, declared
 from kept_memory import distinct_bytes, kept
 from tiny_models import filled, imported, made, planned, token_ids, twin
@@ -275,7 +277,7 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
     assert sum(plan.costs["step"].flops.values()) == step.get_total_flops()
 
 
-@pytest.mark.parametrize("freeze", ["embedding", "other", "router", "experts"])
+@pytest.mark.parametrize("freeze", ["embedding", "recurrent", "router", "experts"])
 def test_frozen_parts_cost_no_backward(freeze: str) -> None:
     source = {**SPECS["lstm-moe"], "train": {"freeze": [freeze]}}
     plan, model = planned(source), made(source).train()
@@ -440,3 +442,17 @@ def test_a_few_words_teach_what_all_would() -> None:
     full = sampled_softmax_loss(hidden, table, None, labels, 40, False)
     exact = torch.autograd.grad(full, table)[0]
     assert F.cosine_similarity(total.flatten(), exact.flatten(), dim=0) > 0.95
+
+
+# The page
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "models" / "recurrent.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_pages_specs_are_planned(block: str) -> None:
+    plan = moegen.plan(yaml.safe_load(block), batch=2, sequence=8)
+    assert len(plan.spec.model.routed()) == 1
+    assert len(BLOCKS) == 2
