@@ -14,9 +14,12 @@ from moegen.convert import (
     granitemoe,
     llama4,
     mixtral,
+    nllb_moe,
     olmoe,
     qwen2_moe,
     qwen3_moe,
+    switch_transformers,
+    t5,
     vit,
 )
 from moegen.convert.family import Family
@@ -32,9 +35,12 @@ _MODULES = (
     granitemoe,
     llama4,
     mixtral,
+    nllb_moe,
     olmoe,
     qwen2_moe,
     qwen3_moe,
+    switch_transformers,
+    t5,
     vit,
 )
 FAMILIES: Mapping[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}

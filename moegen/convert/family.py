@@ -24,13 +24,15 @@ class Family:
     """How one model type of Hugging Face keeps what an emitted model keeps.
 
     model: what there is once. layer: what there is in every layer, below the two prefixes of
-    `layers`. Where alternatives read alike, the first one is written.
+    `layers`; more: the same of further stacks. Where alternatives read alike, the first one is
+    written.
     """
 
     name: str
     model: tuple[Part, ...]
     layer: tuple[Part, ...]
     layers: tuple[str, str] = ("layers.{layer}.", "model.layers.{layer}.")
+    more: tuple[tuple[tuple[Part, ...], tuple[str, str]], ...] = ()
 
     def to_moegen(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of an emitted model from a checkpoint's."""
@@ -64,11 +66,11 @@ class _Conversion:
     def run(self) -> dict[str, Tensor]:
         """Convert everything, or say all that is amiss."""
         self._parts(self.family.model, Place(), Place())
-        ours, theirs = self.family.layers
-        source, target = (theirs, ours) if self.theirs else (ours, theirs)
-        for layer in range(self._depth(source)):
-            numbers = {"layer": layer}
-            self._parts(self.family.layer, Place(source, numbers), Place(target, numbers))
+        for parts, (ours, theirs) in ((self.family.layer, self.family.layers), *self.family.more):
+            source, target = (theirs, ours) if self.theirs else (ours, theirs)
+            for layer in range(self._depth(parts, source)):
+                numbers = {"layer": layer}
+                self._parts(parts, Place(source, numbers), Place(target, numbers))
         for name in self.held:
             if name not in self.wanted:
                 self._amiss(f"{name} is left over: {self._side} has no place for it")
@@ -84,10 +86,10 @@ class _Conversion:
     def _amiss(self, sentence: str) -> None:
         self.problems.append(Problem(sentence))
 
-    def _depth(self, prefix: str) -> int:
+    def _depth(self, parts: tuple[Part, ...], prefix: str) -> int:
         """Layers that any tensor belongs to, one at least."""
         start = Place(prefix).at("layer", "{}").name("")
-        pairs = [p for part in self.family.layer for rows in _each(part) for p in self._pairs(rows)]
+        pairs = [p for part in parts for rows in _each(part) for p in self._pairs(rows)]
         patterns = {pattern for pair in pairs for pattern in pair.source.patterns}
         return max([1, *(self.held.count(start + pattern) for pattern in patterns)])
 
