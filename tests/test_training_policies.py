@@ -18,6 +18,10 @@ from moegen.arch.train import Train
 from moegen.backend import backend
 from moegen.emit.package import package
 from moegen.errors import PlanError, SpecError
+from moegen.ops.feed_forward import routed_feed_forward
+from moegen.ops.gradients import scale_gradient
+from moegen.ops.router import route
+from moegen.planner import Workload, lower
 from moegen.spec import presets
 
 WHOLE = spec(
@@ -34,6 +38,7 @@ WHOLE = spec(
         ),
     },
 )
+VARIED = ["dense", "deepseek-v3-like", "gpt-oss-like", "grok-like", "overrides"]
 # Which of the parts a name is of, told by names alone.
 NAMED = {
     "embedding": ("embedding",),
@@ -169,7 +174,7 @@ def test_groups_hold_each_trained_parameter_once() -> None:
         assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", sorted(SPECS))
+@pytest.mark.parametrize("name", VARIED)
 def test_groups_are_parts_by_role(name: str) -> None:
     model, plan = made(name), planned(name)
     counted: dict[str, int] = {}
@@ -349,7 +354,7 @@ def test_a_dense_model_has_nothing_to_mask() -> None:
 
 
 def test_parts_have_a_word_for_every_role() -> None:
-    roles = {role for name in SPECS for role in planned(name).root.totals()}
+    roles = {role for name in VARIED for role in planned(name).root.totals()}
     assert {part_of(role) for role in roles} <= set(PARTS) - {"other"}
     assert part_of("something new") == "other"
 
@@ -390,3 +395,16 @@ def test_presets_of_policies_say_what_their_papers_do() -> None:
 def test_unknown_parts_are_refused_with_the_nearest() -> None:
     with pytest.raises(SpecError, match="did you mean 'router'"):
         moegen.load(over({"freeze": ["rooter"]}))
+
+
+# Beside fusions
+
+
+@pytest.mark.parametrize("parameters", ["fp32", "bf16"])
+def test_parts_whose_gradients_are_scaled_are_fused_as_ever(parameters: str) -> None:
+    rates = {part: {"gradient": 0.5} for part in ("router", "experts")}
+    source = {**over({"rates": rates}), "precision": {"parameters": parameters}}
+    plan = lower(moegen.load(source), Workload(2, 12), backend("triton").fusions)
+    layers = [c for c in plan.components if c.class_name == "MoE"]
+    targets = {n.target for c in layers for n in c.programs["forward"].graph.nodes}
+    assert {route, routed_feed_forward, scale_gradient} <= targets

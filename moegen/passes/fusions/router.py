@@ -12,6 +12,7 @@ from torch import fx
 
 from moegen.graph import meta
 from moegen.graph.component import Component
+from moegen.ops.gradients import scale_gradient
 from moegen.ops.router import route
 from moegen.ops.routing import top_k
 from moegen.passes.fuse import word
@@ -50,7 +51,8 @@ def _router(component: Component, choice: fx.Node) -> _Router | None:
     if logits.target is not F.linear:
         return None
     tokens, router, bias = (*logits.args, None)[:3]
-    weight = component.weights.get(str(getattr(router, "target", None)))
+    source = router.args[0] if router.target is scale_gradient else router
+    weight = component.weights.get(str(getattr(source, "target", None)))
     if weight is None or weight.dtype != torch.float32:
         return None
     named: dict[str, Any] = {"k": k, "affinity": affinity}
@@ -147,8 +149,9 @@ def _rewrite(found: _Router) -> None:
     args = (found.tokens, found.router)
     named = {k: v for k, v in biases.items() if v is not None} | found.named
     for node in (*args, *biases.values()):
-        if isinstance(node, fx.Node) and node.op == "get_attr" and place < node:
-            place.prepend(node)
+        for early in _parameter(node):
+            if place < early:
+                place.prepend(early)
     with graph.inserting_before(place):
         made = graph.call_function(route, args, named)
         parts = [graph.call_function(operator.getitem, (made, i)) for i in range(4)]
@@ -166,6 +169,15 @@ def _rewrite(found: _Router) -> None:
     for part in parts:
         if not part.users:
             graph.erase_node(part)
+
+
+def _parameter(node: Any) -> list[fx.Node]:
+    """The nodes that read a parameter, and scale its gradient if that is done."""
+    if not isinstance(node, fx.Node):
+        return []
+    if node.target is scale_gradient:
+        return [*_parameter(node.args[0]), node]
+    return [node] if node.op == "get_attr" else []
 
 
 _NAMES = ("logits", "scores", "experts", "weights")
