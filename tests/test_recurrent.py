@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from counted_flops import counter, declared
-from kept_memory import distinct_bytes, kept
+from kept_memory import distinct_bytes, kept, own
 from tiny_models import filled, imported, made, planned, token_ids, twin
 from torch import Tensor, nn
 
@@ -163,7 +163,7 @@ def test_backward_keeps_what_the_steps_have(units: int, projected: int, bias: bo
         found = distinct_bytes(kept(lambda: lstm(x, *weights, **named)), layer.parameters())
     facts = OPS["lstm"]
     assert facts.extra is not None
-    assert facts.saves == ("x", "out")
+    assert facts.saves == ("x", "weight_ih", "weight_hh", "weight_hr", "out")
     outputs = 3 * 9 * (projected or units) * 4
     assert facts.extra(x, *weights, **named) + x.numel() * 4 + outputs == found
 
@@ -275,6 +275,17 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
         with counter() as step, torch.no_grad():
             model.eval().step(token_ids(length=1), torch.tensor(0), cache)
     assert sum(plan.costs["step"].flops.values()) == step.get_total_flops()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_bytes_are_what_autograd_keeps(name: str) -> None:
+    plan, model, ids = planned(SPECS[name]), made(SPECS[name]).train(), token_ids()
+    with steps_one_by_one():
+        found = kept(lambda: model(ids))
+        first = model(ids)[0].detach().requires_grad_()
+        loss = kept(lambda: model.loss(first, ids))
+    assert plan.costs["forward"].saved == distinct_bytes(found, own(model, ids))
+    assert plan.costs["loss"].saved == distinct_bytes(loss, own(model, ids))
 
 
 @pytest.mark.parametrize("freeze", ["embedding", "recurrent", "router", "experts"])

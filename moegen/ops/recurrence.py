@@ -81,7 +81,7 @@ def _step_result(x: Any, hidden: Any, cell: Any, *rest: Any, **named: Any) -> Te
     flops=_flops,
     backward=_backward,
     shares=_shares,
-    saves=("x", "out"),
+    saves=("x", "weight_ih", "weight_hh", "weight_hr", "out"),
     extra=_kept,
     inside=_inside,
     result=_result,
