@@ -41,7 +41,9 @@ def accounts(spec: Spec, batch: int, sequence: int) -> list[Account]:
     used = _parameters(spec)
     for one in spec.model.routed():
         last = Said("parameters", None, (_used(one.moe, *used[one.site]),))
-        parts = (*account_of(Setting(spec, one.moe, batch, sequence)), last)
+        seen = spec.model.seen(one.stack, sequence)
+        said = account_of(Setting(spec, one.moe, batch, seen), spec.model.decodes(one.stack))
+        parts = (*said, last)
         alike.setdefault((one.stack, one.moe.describe(spec), parts), []).append(one.layer)
     return [
         Account(tuple(layers), title, parts, stack)
@@ -49,13 +51,13 @@ def accounts(spec: Spec, batch: int, sequence: int) -> list[Account]:
     ]
 
 
-def account_of(setting: Setting) -> Iterator[Said]:
+def account_of(setting: Setting, decodes: bool) -> Iterator[Said]:
     """What the parts of one layer say, in a token's order."""
     for name, part in (*_parts(setting.moe), ("masking", setting.spec.train.masking)):
         said = tuple(part.says(setting)) if part else ()
         if said:
             yield Said(name, getattr(part, "kind", None), said)
-    if "step" in setting.spec.model.programs():
+    if decodes:
         yield Said("decoding", None, tuple(_decoding(setting.moe)))
         yield Said("causality", None, tuple(_causality(setting.moe)))
 

@@ -83,6 +83,14 @@ class Model(Kinds, Layer):
         """How many layers a stack has, inserted ones counted."""
         raise TypeError(f"{type(self).__name__} has no stack {stack!r}")
 
+    def decodes(self, stack: str) -> bool:
+        """Whether tokens of a stack are decoded one after the other, as well as all at once."""
+        return "step" in self.programs()
+
+    def seen(self, stack: str, sequence: int) -> int:
+        """Tokens of each sequence that a stack sees."""
+        return sequence
+
     @property
     def active_for(self) -> str:
         """What active parameters are counted for."""

@@ -32,6 +32,14 @@ class SequencePair(Model):
             return sequence + 1
         return min(sequence, self.max_target or sequence)
 
+    def seen(self, stack: str, sequence: int) -> int:
+        """The source's tokens in the encoder, the target's in the decoder."""
+        return int(self.target(sequence)) if self.decodes(stack) else sequence
+
+    def decodes(self, stack: str) -> bool:
+        """The encoder reads a source at once."""
+        return stack != "encoder"
+
     def units(self, batch: int, sequence: int) -> int:
         """Tokens of both sides."""
         return batch * (sequence + int(self.target(sequence)))

@@ -61,6 +61,11 @@ class Setting:
         """Routed layers of the model."""
         return len(self.spec.model.routed())
 
+    @property
+    def stacks(self) -> int:
+        """Stacks of the model that have routed layers."""
+        return len({one.stack for one in self.spec.model.routed()})
+
     # Words
 
     @property

@@ -6,10 +6,11 @@ from fractions import Fraction
 
 from rich.console import Console
 
-from moegen.estimator import Estimate
+from moegen.estimator import Estimate, caches
 from moegen.report import numbers
 from moegen.report.parameters import role_name
 from moegen.report.screen import note, table
+from moegen.spec.words import listed
 
 
 def print_flops(screen: Console, made: Estimate) -> None:
@@ -48,10 +49,12 @@ def _sides(screen: Console, made: Estimate) -> None:
 
 
 def _notes(screen: Console, made: Estimate) -> None:
-    model, length = made.plan.spec.model, numbers.exact(made.plan.workload.sequence)
+    model, work = made.plan.spec.model, made.plan.workload
+    over = f"a sequence of {numbers.exact(work.sequence)} tokens"
+    over = model.workload(1, work.sequence) if made.sides else over
     pairs = (
         " Attention counts the pairs that the causal mask, and a window if any, lets through: the "
-        f"mean over a sequence of {length} tokens."
+        f"mean over {over}."
     )
     causal = made.decode_flops is not None and hasattr(model, "attention")
     note(screen, f"A multiply-accumulate is 2 FLOPs.{pairs if causal else ''}")
@@ -66,5 +69,8 @@ def _notes(screen: Console, made: Estimate) -> None:
         note(screen, "Backward includes the layers' second forward pass (--checkpointing).")
     if made.decode_flops is not None:
         decode = numbers.work(made.decode_flops)
-        place = "" if made.cache_bytes_per_token is None else f" in a cache of {length} positions"
+        place = ""
+        if made.cache_bytes_per_token is not None:
+            held = listed([numbers.exact(n) for _, n in caches(made.plan).values()], "and")
+            place = f" in a cache of {held} positions"
         screen.print(f"Decoding one token{place}: {decode}.")

@@ -78,6 +78,8 @@ class AuxiliaryLoss(Kinds):
         over = f"the {counted(layers, 'routed layer')}"
         reduced = {"sum": f"summed over {over}", "mean": f"the mean over {over}"}
         how = reduced.get(self.reduction, f"of statistics averaged over {over}")
+        apart = setting.stacks > 1 and self.reduction != "sum"
+        how += ", of each stack apart and then added" if apart else ""
         how = "" if layers == 1 else f", {how}"
         yield f"{self.weight:g} times {self.what(setting)}{how}."
 
