@@ -1,31 +1,18 @@
-"""Worked cases of whole routed layers, from the first mixtures on (reference A, B9, B23, C)."""
+"""Worked cases of whole routed layers (reference B, C)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from worked_numbers import (
     Case,
-    Draws,
     Layer,
     decoder,
     emitted,
-    gates,
     relu_experts,
     same,
     worked,
 )
-
-import moegen
-
-FAMILY = "the likelihood and its posteriors train a mixture that is the whole model"
-
-
-def scores(layer: Layer) -> Tensor:
-    """The router's scores [T, E] in the last run."""
-    return layer.calls["masked_mean"][0].args[0]  # type: ignore[no-any-return]
 
 
 def linear(layer: Layer, matrices: Tensor) -> Layer:
@@ -33,162 +20,6 @@ def linear(layer: Layer, matrices: Tensor) -> Layer:
     width = layer.net.up.shape[2]
     down = torch.eye(width, dtype=torch.float64)[:, : matrices.shape[1]]
     return layer.set(up=matrices, down=down)
-
-
-@worked(
-    "jacobs1991-losses",
-    E_competitive=FAMILY,
-    E_mixture_nll=FAMILY,
-    posterior=FAMILY,
-    dE_competitive_dO=FAMILY,
-    dE_mixture_dO=FAMILY,
-    dE_mixture_dgate_logits=FAMILY,
-)
-def test_a_mixture_of_all_experts(case: Case) -> None:
-    layer = gates({"select": "all"}, 3)
-    outputs = torch.nn.functional.pad(case["expert_outputs"], (0, 1))
-    out = layer.set(down_bias=outputs).run(case["gate_logits"].unsqueeze(0))[0, :2]
-    error = (case["target"] - out).square().sum()
-    error.backward()
-    case.holds(gate=layer.routing.probability, mixture_output=out, E_cooperative=error)
-    case.holds(dE_cooperative_dO=layer.net.down_bias.grad[:, :2])
-
-
-@worked(
-    "hme1994-forward-posterior",
-    log_likelihood=FAMILY,
-    h_joint=FAMILY,
-    h_top=FAMILY,
-    h_cond=FAMILY,
-)
-def test_a_hierarchical_mixture(case: Case) -> None:
-    nested = {"count": 2, "router": {"select": "all"}}
-    experts = {"count": 2, "width": 1, "activation": "linear", "nested": nested}
-    layer = Layer({"experts": experts, "router": {"select": "all"}}, 2)
-    layer.set(router=case["top_gate"], inner_router=case["sub_gates"])
-    linear(layer, case["expert_weights"].view(4, 1, 2))
-    out = layer.run(case["x"].unsqueeze(0))
-    inner, outer = layer.calls["combine"]
-    case.holds(output=out[0, 0], g_top=outer.args[2][0], g_cond=inner.args[2])
-    case.holds(sub_outputs=inner.result[:, 0])
-    leaves = layer.calls["grouped_linear"][-1].result[:, 0]
-    case.holds(expert_means=leaves.view(2, 2))
-
-
-def stage(experts: Tensor, gate: Tensor, x: Tensor) -> tuple[Layer, Tensor]:
-    """A dense mixture of ReLU experts [E, n, d] and its first n outputs."""
-    count, n, width = experts.shape
-    held = {"count": count, "width": n, "activation": "relu"}
-    layer = relu_experts(Layer({"experts": held, "router": {"select": "all"}}, width), experts)
-    return layer, layer.set(router=gate).run(x.unsqueeze(0))[0, :n]
-
-
-@worked("eigen2013-deep-moe-forward")
-def test_a_deep_mixture(case: Case) -> None:
-    first, z1 = stage(case["experts_1"], case["gate_1"], case["x"])
-    second, z2 = stage(case["experts_2"], case["gate_2"], z1)
-    case.holds(g1=first.routing.probability, z1=z1, g2=second.routing.probability, z2=z2)
-    case.holds(output=(case["W_out"] @ z2).softmax(0))
-    case.holds(effective_expert_paths=len(first.net.up) * len(second.net.up))
-
-
-@worked("mmoe-forward")
-def test_gates_of_each_task_over_shared_experts(case: Case) -> None:
-    x, experts, towers = case["x"], case["experts"], case["towers"]
-    held = {"count": 3, "width": 2, "activation": "relu"}
-    router = {"select": "all", "gates": {"id": "task", "count": 2}}
-    layer = relu_experts(Layer({"experts": held, "router": router}, 3), experts)
-    layer.set(router=case["gates"])
-    out = layer.run(x.expand(2, -1), task=torch.arange(2))[:, :2]
-    case.holds(gate=scores(layer), task_inputs=out, task_outputs=(out * towers).sum(1))
-    _, alike = stage(experts, case["gates"][0], x)
-    case.holds(omoe_task_outputs=towers @ alike)
-    _, bottom = stage(experts[:1], torch.zeros(1, 3), x)
-    case.holds(shared_bottom_outputs=towers @ bottom)
-    rows = layer.calls["grouped_linear"][-1].result[:, :2]  # sorted by expert, two tokens each
-    case.holds(expert_outputs=rows[::2])
-
-
-def patches(case: Case, activation: str) -> Layer:
-    """The layer of Chen et al.: a sequence of patches is routed by their sum."""
-    experts = case["experts"]
-    count, neurons, width = experts.shape
-    noise = {"kind": "uniform", "selection_only": True}
-    moe = {
-        "experts": {"count": count, "width": neurons, "activation": activation},
-        "router": {"input": "sentence", "noise": noise, "select": 1},
-        "losses": {"z": 1.0},
-    }
-    layer = Layer(moe, width)
-    down = torch.zeros_like(layer.net.down)
-    down[:, 0] = case["a"].double()
-    # What the router sees is the mean of patches, their sum but for a factor.
-    layer.set(up=experts, down=down, router=case["router"] * len(case["patches"]))
-    return layer
-
-
-@worked("chen2022-forward-paper")
-def test_the_toy_mixture_of_chen(case: Case) -> None:
-    x = case["patches"]
-    for name, activation in (("f_cubic", "cubic"), ("f_linear", "linear")):
-        layer = patches(case, activation)
-        found = torch.zeros(2, dtype=torch.float64)
-        with Draws(rand_like=case["router_noise"].expand(len(x), -1)):
-            noisy = layer.run(x)[:, 0].sum()
-        chosen, pi = layer.result("top_k")[0].item(), layer.routing.probability
-        found[chosen] = noisy / pi[chosen]
-        clean = layer.run(x, training=False)[:, 0].sum()
-        best = layer.result("top_k")[0].item()
-        found[best] = clean / pi[best]
-        same(found, case.want(name))
-        if name == "f_cubic":
-            loss = torch.nn.functional.softplus(-case.inputs["label"] * noisy)
-            case.holds(h=layer.calls["z_loss"][0].args[0][0], pi=pi, F=noisy, loss=loss)
-            case.holds(selected_with_noise=chosen, selected_without_noise=best)
-
-
-def active(moe: dict[str, Any], width: int) -> float:
-    """Parameters of routed experts that a token uses, of all they have."""
-    count, used, _ = moegen.plan(decoder(moe, width), sequence=4).root.totals()["routed_experts"]
-    return used / count
-
-
-@worked(
-    "tom-yeh-by-hand",
-    params_per_expert="the exercise's expert is one matrix, an expert of the language is two",
-)
-def test_the_exercise_by_hand(case: Case) -> None:
-    moe = {
-        "experts": {"count": 2, "width": 4, "activation": "relu"},
-        "router": {"select": 1, "gate": "constant"},
-        "losses": {"z": 1.0},
-    }
-    layer = relu_experts(Layer(moe, 4), case["experts"]).set(router=case["gate"])
-    case.holds(outputs=layer.run(case["tokens"]))
-    case.holds(gate_scores=layer.calls["z_loss"][0].args[0])
-    case.holds(selected=layer.result("top_k")[:, 0], active_fraction=active(moe, 4))
-
-
-VOTES = "a vote counts classes of outputs, where a layer adds outputs"
-
-
-@worked("classic-pooling", expert_votes=VOTES, majority_class=VOTES)
-def test_ways_to_pool(case: Case) -> None:
-    logits, outputs = case["gate"].log().unsqueeze(0), case["expert_outputs"]
-    rules: dict[str, dict[str, Any]] = {
-        "simple_average": {
-            "select": "all",
-            "gate": {"normalize": "constant", "scale": 1 / len(outputs)},
-        },
-        "gate_weighted": {"select": "all"},
-        "hard_selection": {"select": 1, "gate": "constant"},
-    }
-    found = {}
-    for name, router in rules.items():
-        found[name] = gates(router, 3).set(down_bias=outputs).run(logits)[0]
-    case.holds(**found)
-    case.holds(argmax_average=found["simple_average"].argmax().item())
-    case.holds(argmax_weighted=found["gate_weighted"].argmax().item())
 
 
 @worked("upcycling-equivalence")

@@ -10,7 +10,6 @@ from worked_numbers import BESIDE, CASES, COVERED
 
 HERE = Path(__file__).parent
 
-PROCEDURE = "a training procedure of its own: emitted models are trained by gradients"
 CALL = "arithmetic of a paper, not of a layer"
 AFTER = "changes a trained model; nothing that is emitted does"
 DEVICES = "execution on several devices; emitted models are for one"
@@ -18,9 +17,6 @@ SERVING = "a policy of serving, outside the model"
 COUNTED = "parameters are held against the authors' models in test_specs.py"
 
 LEFT_OUT: dict[str, str] = {
-    "hme1994-mstep-wls": PROCEDURE,
-    "eigen2013-running-assignment-constraint": "gates by totals over all examples seen so far, "
-    "which no layer of the language keeps",
     "gshard-top2-importance": "importance of tokens for the inner level of Mesh-TensorFlow's 2-D "
     "layer; routers inside experts here judge rows by their logits alone",
     "fastmoe-switch-loss-quirk": "a fault of FastMoE: fractions and means are divided by survivors",
@@ -31,7 +27,6 @@ LEFT_OUT: dict[str, str] = {
     "mixtral-parameter-count": COUNTED,
     "model-parameter-counts": COUNTED,
     "chen2022-double-softmax-floor": "a fault of the paper's notebooks: two softmaxes in a row",
-    "chen2022-normalised-gd": PROCEDURE,
     "task-moe-subnetwork": AFTER,
     "expert-merging": AFTER,
     "qmoe-ternary-rtn": AFTER,

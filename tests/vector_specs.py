@@ -70,6 +70,18 @@ MIXTURES: dict[str, dict[str, Any]] = {
             ],
             head={"bias": False},
         ),
+        mixture(
+            "annealed",
+            2,
+            [
+                {**UNLIKE, "width": 4, "anneal": {"start": 4, "steps": 10}},
+                {
+                    "experts": 4,
+                    "router": {**NOISY, "select": 1},
+                    "anneal": {"start": 3, "steps": 20},
+                },
+            ],
+        ),
         mixture("unlike-dense", 2, [{**UNLIKE, "router": {}}]),
         mixture("fp64", 2, [{"experts": 4}], precision=WIDE),
         mixture(

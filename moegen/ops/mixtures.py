@@ -141,6 +141,19 @@ def number(value: float) -> Tensor:
     return torch.full((1,), value)
 
 
+@op(flops=lambda experts, current, nowhere: 0)
+def first_choices(experts: Tensor, current: Tensor, nowhere: int) -> Tensor:
+    """The first current [1] choices of experts [B, k], `nowhere` in place of the others."""
+    ranks = torch.arange(experts.shape[-1], device=experts.device)
+    return experts.masked_fill(ranks >= current, nowhere)
+
+
+@op(flops=lambda start, k, steps: 0)
+def annealing_plan(start: int, k: int, steps: int) -> Tensor:
+    """From how many experts to how many, and in how many steps: [3]."""
+    return torch.tensor([start, k, steps], dtype=torch.float32)
+
+
 @op(flops=lambda weights: 0)
 def chosen_by_any(weights: Tensor) -> Tensor:
     """Experts with a weight of any task: [B, T, E] -> numbers [B, E], E in place of the others."""

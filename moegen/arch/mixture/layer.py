@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar
@@ -24,9 +25,9 @@ from moegen.graph.layer import Layer
 from moegen.ops.experts import combine, gather_rows
 from moegen.ops.information import router_entropy
 from moegen.ops.losses import masked_mean
-from moegen.ops.mixtures import constrain_gates, number
-from moegen.ops.routing import expert_load, sort_by_expert
-from moegen.spec.element import OneOf, Path
+from moegen.ops.mixtures import annealing_plan, constrain_gates, first_choices, number
+from moegen.ops.routing import expert_load, sort_by_expert, top_k
+from moegen.spec.element import Element, OneOf, Path
 from moegen.spec.words import listed
 
 LOSSES = ("balance", "importance", "load", "z")
@@ -37,6 +38,15 @@ class Gating(Router):
 
     select: Annotated[Selection, OneOf(Selection)] = Field(
         AllExperts(), description="all experts (a dense mixture), or the best k (top_k)"
+    )
+
+
+class Anneal(Element):
+    """In training more experts at first: from `start` down to the router's k, in equal steps."""
+
+    start: int = Field(ge=2, le=10**6, description="experts of an example at first", examples=[4])
+    steps: int = Field(
+        ge=1, le=10**9, description="steps of training until it is k", examples=[1000]
     )
 
 
@@ -65,6 +75,9 @@ class MixtureLayer(Layer):
         None, ge=0, le=1e9, description="in training an expert is left out whose gates so far "
         "exceed the mean of all experts' by more than this (Eigen et al. 2013)"
     )  # fmt: skip
+    anneal: Anneal | None = Field(
+        None, description="begin with more experts an example (Ramachandran and Le 2019)"
+    )
     losses: Losses = Field({}, description="auxiliary losses: balance, importance, load, z")
 
     def rules(self) -> Iterator[tuple[Path, str]]:
@@ -91,6 +104,12 @@ class MixtureLayer(Layer):
             yield ("router", "score", "branches"), sentence
         if self.margin is not None and not self.dense:
             yield ("margin",), f"margin is for gates of all experts, not for {kind}"
+        if self.anneal and not self.chosen < self.anneal.start <= self.num_experts:
+            sentence = f"start is {self.anneal.start}, but it is above k, {self.chosen}, and"
+            yield ("anneal", "start"), f"{sentence} at most the {self.num_experts} experts"
+        if self.anneal and router.gate.normalize != "softmax_over_kept":
+            sentence = "with anneal gates are the softmax of the chosen logits"
+            yield ("anneal",), f"{sentence}; say gate: softmax_over_kept"
         for index, group in enumerate((self.experts, *self.others)):
             if group.signs and self.width not in (None, 1):
                 at: Path = ("others", index - 1, "signs") if index else ("experts", "signs")
@@ -157,7 +176,11 @@ class MixtureLayer(Layer):
             return out, routing
         with b.section("route"):
             scored = self._scored(b, x)
-            routed = b.inline(self.router.select, "route", self, scored, path=("router", "select"))
+            path = ("router", "select")
+            if self.anneal:
+                routed = self._annealed(b, scored)
+            else:
+                routed = b.inline(self.router.select, "route", self, scored, path=path)
         out = self._sparse(b, x, routed)
         return out, self._routing(b, scored, routed)
 
@@ -200,6 +223,28 @@ class MixtureLayer(Layer):
         routed = self._chosen(x, gates, every, load)
         return outputs, gates, self._routing(b, scored, routed)
 
+    def _annealed(self, b: Builder, scored: Scored) -> Routed:
+        """As many of the best experts as training is at, and the softmax of their logits."""
+        assert self.anneal is not None
+        most, experts = self.anneal.start, self.num_experts
+        facts: dict[str, Any] = {"start": most, "k": self.chosen, "steps": self.anneal.steps}
+        b.buffer("annealing", 3, make=annealing_plan, **facts)
+        current = b.buffer("current_k", 1, make=number, persistent=True, value=float(most))
+        choices = top_k(scored.ranked, most)
+        kept = first_choices(choices, current, experts)
+        logits = scored.logits.gather(-1, choices)
+        weights = logits.masked_fill(kept == experts, float("-inf")).softmax(-1)
+        order, ends = sort_by_expert(kept, experts)
+        load = expert_load(kept, experts, scored.valid)
+        made = self._chosen(scored.tokens, weights, choices, load)
+        return replace(
+            made,
+            rows=lambda tokens: gather_rows(tokens, order),
+            ends=ends,
+            restore=lambda rows: combine(rows, order, weights),
+            kept=kept,
+        )
+
     def _chosen(self, x: Any, weights: Any, choices: Any, load: Any) -> Routed:
         """What routing gives where there are no rows."""
         unused: Any = None
@@ -239,7 +284,7 @@ class MixtureLayer(Layer):
         """The weighted sum [B, n] of chosen experts; those of one shape after the other."""
         total = None
         vectors = x.flatten(1) if self.patches else x
-        active = Fraction(self.chosen, self.num_experts)
+        active = Fraction(self.chosen, self.num_experts)  # in the end, if it is annealed
         for group, suffix, first in self._groups():
             with b.section("experts"):
                 rows, ends, restore = self._rows(vectors, routed, group, first)

@@ -79,6 +79,14 @@ class MixtureModel(Network):
             if isinstance(margin := getattr(module, "margin", None), Tensor):
                 margin.fill_(torch.inf)
 
+    def anneal(self, step: int) -> None:
+        """Let layers choose as many experts an example as their schedules have at a step."""
+        for module in self.modules():
+            if isinstance(plan := getattr(module, "annealing", None), Tensor):
+                start, k, steps = plan.tolist()
+                now: Any = module.current_k
+                now.fill_(round(start + (k - start) * min(1.0, step / steps)))
+
     @torch.no_grad()
     def normalise_gradients(
         self, norm: Literal["frobenius", "sum"] = "frobenius"
