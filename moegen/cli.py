@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,9 +14,6 @@ from moegen.errors import BackendError, MoegenError
 from moegen.exits import TRACEBACK, Commands
 from moegen.gpus import GPUS
 from moegen.optimizers import OPTIMIZERS
-
-if TYPE_CHECKING:
-    from moegen.planner import Plan
 
 
 @click.group(
@@ -170,6 +167,7 @@ def show(
     PATH is a section of the spec, such as moe or model.moe.router, or the name of a class.
     """
     from moegen.api import plan
+    from moegen.report.show import show_picture, show_text
 
     if routing:
         if path is not None or style != "text" or program != "forward":
@@ -180,9 +178,9 @@ def show(
         raise click.UsageError("--json is for --routing")
     made = plan(spec, overrides, batch=batch, sequence=sequence, backend=backend)
     if style == "text":
-        _show_text(made, path, program)
+        show_text(made, path, program)
     else:
-        _show_picture(made, path, program, style)
+        show_picture(made, path, program, style)
 
 
 def _tell_routing(
@@ -195,34 +193,6 @@ def _tell_routing(
         _print_json(routing_facts(spec, overrides, batch, sequence))
     else:
         print_routing(console(), spec, overrides, batch, sequence)
-
-
-def _show_text(made: Plan, path: str | None, program: str) -> None:
-    from moegen.report.graph import print_component
-    from moegen.report.lookup import find
-    from moegen.report.overview import print_overview
-    from moegen.report.screen import console
-
-    screen = console()
-    if path is None:
-        print_overview(screen, made)
-        return
-    found = find(made, path)
-    for component in found.components:
-        print_component(screen, made, component, program, found.part)
-
-
-def _show_picture(made: Plan, path: str | None, program: str, style: str) -> None:
-    from moegen.draw import FORMATS
-    from moegen.report.lookup import find
-    from moegen.report.picture import of_component, of_plan
-
-    if path is None:
-        pictures = [of_plan(made)]
-    else:
-        pictures = [of_component(one, program) for one in find(made, path).components]
-    for picture in pictures:
-        click.echo(FORMATS[style](picture), nl=False)
 
 
 @cli.command()
