@@ -124,3 +124,29 @@ def given(name: str, batch: int = BATCH) -> dict[str, Tensor]:
 def ready(name: str) -> Any:
     """The emitted model, with parameters that make every part matter."""
     return filled(imported(VISION[name]).Model)
+
+
+def tower(name: str, **model: Any) -> dict[str, Any]:
+    """A model of images and texts."""
+    base = {
+        "kind": "two_tower",
+        "image": {"size": 8, "patch": 2, "channels": 1},
+        "vocab_size": 11,
+        "max_sequence": 12,
+        "d_model": 32,
+        "layers": 2,
+        "attention": {"heads": 4, "bias": "all"},
+        "ffn": {"width": 48, "activation": "gelu", "bias": True},
+        "head": {"width": 16},
+    }
+    return {"name": name, "model": {**base, **model}}
+
+
+SPREADS = {"text_global": {"spread": 2.0}, "image_global": {"spread": 3.0}}
+TOWERS: dict[str, dict[str, Any]] = {
+    s["name"]: s
+    for s in (
+        tower("dense"),
+        tower("limoe", moe={"preset": "limoe", "experts": experts(), "losses": SPREADS}),
+    )
+}

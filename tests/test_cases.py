@@ -28,6 +28,7 @@ from moegen.arch import (
     recurrent,
     spec,
     train,
+    two_tower,
     vision,
 )
 from moegen.arch.losses import auxiliary, balance, entropy, importance
@@ -48,7 +49,7 @@ CASES = sorted((Path(__file__).parent / "cases").glob("*.yaml"))
 RULES = ("rules", "check", "_side", "_broken_stacks", "_broken", "_unknown_losses")
 ALL_OF = (mixture_rules, router_rules)  # but for what they warn of
 MODULES = (
-    *(encoder_decoder, positions, patches, vision),
+    *(encoder_decoder, positions, patches, two_tower, vision),
     *(capacity, experts, auxiliary, balance, entropy, importance, expert_choice, gate, noise),
     *(recurrence, recurrent),
     *(restrict, router, score, second, spec, token_choice, train, *ALL_OF),

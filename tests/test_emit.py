@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from image_specs import VISION
+from image_specs import TOWERS, VISION
 from tiny_specs import SPECS
 from torch import Tensor, nn
 
@@ -24,7 +24,10 @@ from moegen.graph.execute import Executable, tensors
 from moegen.planner import Plan
 
 NAMES = sorted(SPECS)
-OTHERS = {**VISION}  # kinds of models whose other tests are apart
+OTHERS = {
+    **VISION,
+    **{f"tower-{n}": s for n, s in TOWERS.items()},
+}  # kinds of models whose other tests are apart
 
 
 @cache

@@ -327,7 +327,8 @@ class BidirectionalAttention(GroupedQueryAttention):
     def forward(self, b: Builder, x: Any, context: Any) -> Any:
         """x [B, S, d] to [B, S, d]."""
         q, k, v = self._project(b, x, context)
-        return self._merge(b, F.scaled_dot_product_attention(q, k, v, **self._options()))
+        out = b.spec.model.attend(q, k, v, context, **self._options())
+        return self._merge(b, out)
 
 
 def bidirectional(attention: Attention) -> Attention:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch.nn.functional as F
+
 from moegen.graph.layer import Layer
 from moegen.spec.element import Kinds, Path
 from moegen.spec.words import counted
@@ -60,6 +62,7 @@ class Model(Kinds, Layer):
     unit: ClassVar[str] = "token"  # what FLOPs are counted for
     routed_unit: ClassVar[str] = ""  # what meets experts, so what parameters are active for
     whole: ClassVar[str] = "sequence"  # what tokens are of
+    counted_by: ClassVar[tuple[str, int] | None] = None  # ids by which loads are told, how many
     records: ClassVar[Mapping[str, tuple[str, Mapping[str, str]]]] = {}  # docs of its own records
 
     @property
@@ -95,6 +98,10 @@ class Model(Kinds, Layer):
     def active_for(self) -> str:
         """What active parameters are counted for."""
         return self.routed_unit or self.unit
+
+    def attend(self, q: Any, k: Any, v: Any, context: Any, **options: Any) -> Any:
+        """Attention [B, H, S, d] of a layer that sees all: whom a position sees is the model's."""
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
     # Workloads: a batch of inputs of some length
 

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from moegen.arch.capacity import Capacity
 from moegen.arch.experts import Decided, Experts, compute
 from moegen.arch.feed_forward import ExtraFeedForward, ResidualFeedForward, Shared, SharedExperts
+from moegen.arch.loads import loads_apart
 from moegen.arch.losses.auxiliary import AuxiliaryLoss, Outcome
 from moegen.arch.mixture_rules import of_mixture, unknown_key
 from moegen.arch.placement import Placement
@@ -236,6 +237,7 @@ class MoE(Layer):
         routing = b.record(
             "Routing",
             load=inside.routed.load if inside else routed.load,
+            **loads_apart(b, self, routed, valid, ids),
             dropped=routed.dropped,
             probability=probability,
             entropy=entropy,

@@ -15,6 +15,7 @@ import moegen.arch.mixture.model
 import moegen.arch.multitask
 import moegen.arch.recurrent
 import moegen.arch.routing
+import moegen.arch.two_tower
 import moegen.arch.vision  # noqa: F401  (registers all parts)
 from moegen.arch.init import Initialization
 from moegen.arch.model import Model, RoutedLayer

@@ -134,7 +134,7 @@ class Vision(Model):
     def _of_ids(self) -> Iterator[tuple[Path, str]]:
         """An image has no token ids, and ids of one name are of one number."""
         tasks, told = self.head.tasks, set()
-        for path, part in _with_ids(self.routed()):
+        for path, part in with_ids(self.routed()):
             name, count = getattr(part, "id", TOKEN), getattr(part, "count", None)
             if name == TOKEN and path not in told:
                 told.add(path)
@@ -270,7 +270,7 @@ class Vision(Model):
         return logits
 
 
-def _with_ids(routed: list[RoutedLayer]) -> Iterator[tuple[Path, Any]]:
+def with_ids(routed: list[RoutedLayer]) -> Iterator[tuple[Path, Any]]:
     """The parts of routed layers that go by ids, each with its path below the model."""
     for one in routed:
         router, place = one.moe.router, one.path[1:]
