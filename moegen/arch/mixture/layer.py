@@ -105,7 +105,7 @@ class MixtureLayer(Layer):
         if self.margin is not None and not self.dense:
             yield ("margin",), f"margin is for gates of all experts, not for {kind}"
         if self.anneal and not self.chosen < self.anneal.start <= self.num_experts:
-            sentence = f"start is {self.anneal.start}, but it is above k, {self.chosen}, and"
+            sentence = f"start is {self.anneal.start}, but must be above k, {self.chosen}, and"
             yield ("anneal", "start"), f"{sentence} at most the {self.num_experts} experts"
         if self.anneal and router.gate.normalize != "softmax_over_kept":
             sentence = "with anneal gates are the softmax of the chosen logits"

@@ -97,7 +97,8 @@ class Mixture(Model):
         for name, usual in (("objective", "cooperative"), ("pooling", "weighted")):
             if getattr(self, name) != usual and not self.apart:
                 why = "there is a head" if self.head else "the last layer's select is not all"
-                yield (name,), f"{getattr(self, name)} needs each expert's prediction, but {why}"
+                said = f"{name} {getattr(self, name)}"
+                yield (name,), f"{said} needs each expert's prediction, but {why}"
         if self.pooling == "vote" and self.target.kind != "classes":
             yield ("pooling",), f"a vote is about classes, not about {self.target.noun}"
 
