@@ -15,6 +15,7 @@ from torch import Tensor
 
 import moegen
 from moegen.api import load
+from moegen.arch.account import accounts
 from moegen.errors import MoegenError
 from moegen.graph.execute import tensors
 from moegen.passes.sizes import prove_sizes
@@ -136,6 +137,13 @@ def test_pairs_are_learned() -> None:
     found = model.eval().similarity(*batch)
     assert torch.equal(found.argmax(0), torch.arange(PAIRS))
     assert torch.equal(found.argmax(1), torch.arange(PAIRS))
+
+
+def test_routing_is_told_of_the_tokens_of_both_sides() -> None:
+    (account,) = accounts(moegen.load(TOWERS["limoe"]).spec, 2, LENGTH)
+    text = " ".join(sentence for part in account.parts for sentence in part.sentences)
+    assert f"the {2 * (PATCHES + LENGTH)} tokens of the batch" in text
+    assert "decod" not in text
 
 
 def test_texts_are_no_longer_than_there_are_places() -> None:

@@ -152,6 +152,10 @@ class TwoTower(Model):
             raise MoegenError(Problem(sentence, hint="model.max_sequence says how many"))
         return asked or self.max_sequence
 
+    def seen(self, stack: str, sequence: int) -> int:
+        """Patches of an image and tokens of its text."""
+        return self.patches + sequence
+
     def units(self, batch: int, sequence: int) -> int:
         """Pairs."""
         return batch
