@@ -130,10 +130,11 @@ def test_specs_are_told(name: str) -> None:
     spec = moegen.load(ROOT / "specs" / f"{name}.yaml").spec
     found = accounts(spec, 1, 1024)
     model: Any = spec.model
-    layers = sorted(layer for one in found for layer in one.layers)
-    assert layers == [one.layer for one in model.routed()]
+    layers = sorted((one.stack, layer) for one in found for layer in one.layers)
+    assert layers == sorted((one.stack, one.layer) for one in model.routed())
     for one in found:
-        assert {"router.select", "experts", "causality", "parameters"} <= said(one).keys()
+        assert {"router.select", "experts", "parameters"} <= said(one).keys()
+        assert ("causality" in said(one)) == model.decodes(one.stack)
 
 
 def show(*arguments: str, code: int = 0, width: int = 80) -> str:
