@@ -278,3 +278,29 @@ def test_labels_of_every_task_are_asked_for() -> None:
     labels.pop("price")
     with pytest.raises(ValueError, match=r"labels are needed for \['clicks', 'kind', 'price'\]"):
         model.training_loss(x, labels)
+
+
+@pytest.mark.parametrize("name", ["jacobs1991", "mmoe"])
+def test_examples_have_no_length(name: str) -> None:
+    assert moegen.plan(SPECS / f"{name}.yaml", batch=3).workload.batch == 3
+    with pytest.raises(moegen.MoegenError, match="a row, which has no length"):
+        moegen.plan(SPECS / f"{name}.yaml", sequence=8)
+
+
+@pytest.mark.parametrize("name", ["likely", "unlike", "dense-patches"])
+def test_layers_that_are_computed_again_have_the_same_gradients(name: str) -> None:
+    gradients = []
+    for again in (False, True):
+        model = made(ALL[name])
+        if again:
+            model.checkpoint_layers()
+        torch.manual_seed(4)
+        model.training_loss(*any_batch(ALL[name]))[0].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_totals_are_not_counted_twice() -> None:
+    with pytest.raises(TypeError, match="runs only once"):
+        made(ALL["deep"]).checkpoint_layers()

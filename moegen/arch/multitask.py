@@ -14,7 +14,7 @@ from moegen.arch.activation import Activation, ReLU
 from moegen.arch.init import ZEROS
 from moegen.arch.mixture.experts import Width
 from moegen.arch.mixture.layer import MixtureLayer
-from moegen.arch.mixture.targets import Target
+from moegen.arch.mixture.targets import Target, no_length
 from moegen.arch.model import Model
 from moegen.graph.builder import Builder
 from moegen.graph.component import Component
@@ -192,7 +192,7 @@ class Multitask(Model):
 
     def length(self, asked: int | None) -> int:
         """Examples have no length."""
-        return 1
+        return no_length(asked)
 
     def units(self, batch: int, sequence: int) -> int:
         """Examples."""

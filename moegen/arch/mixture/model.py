@@ -11,7 +11,7 @@ from pydantic import Field
 
 from moegen.arch.init import ZEROS
 from moegen.arch.mixture.layer import MixtureLayer, resolved
-from moegen.arch.mixture.targets import Target
+from moegen.arch.mixture.targets import Target, no_length
 from moegen.arch.model import Model
 from moegen.graph.builder import Builder
 from moegen.ops.mixtures import draw_expert, log_gates, take_expert, vote
@@ -130,7 +130,7 @@ class Mixture(Model):
 
     def length(self, asked: int | None) -> int:
         """Examples have no length."""
-        return 1
+        return no_length(asked)
 
     def units(self, batch: int, sequence: int) -> int:
         """Examples."""

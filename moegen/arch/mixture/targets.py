@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from moegen.errors import MoegenError, Problem
 from moegen.graph.builder import Builder
 from moegen.ops.mixtures import (
     bernoulli_log_density,
@@ -15,6 +16,15 @@ from moegen.ops.mixtures import (
     gaussian_log_density,
 )
 from moegen.spec.element import Kinds
+
+
+def no_length(asked: int | None) -> int:
+    """One place an example; a MoegenError if a sequence is asked for."""
+    if asked is not None:
+        hint = "leave out the sequence; --batch says how many examples there are"
+        sentence = "an example of this kind of model is a row, which has no length"
+        raise MoegenError(Problem(sentence, hint=hint))
+    return 1
 
 
 class Target(Kinds):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .network import Network
 
@@ -72,6 +74,18 @@ class MixtureModel(Network):
         return self.posteriors(output.outputs, y, *gates)
 
     # Policies of training
+
+    def checkpoint_layers(self, every: int = 1) -> None:
+        """Recompute every so many layers in the backward pass; none with a margin can be."""
+        layers: Any = getattr(self, "layers", [])
+        if any(hasattr(layer, "margin") for layer in layers):
+            raise TypeError(
+                "a layer with a margin counts its gates, so it runs only once"
+            )
+        super().checkpoint_layers(every)
+        for layer in list(layers)[::every]:
+            if hasattr(layer, "apart"):
+                layer.apart = partial(checkpoint, layer.apart, use_reentrant=False)
 
     def drop_constraint(self) -> None:
         """Let gates be as they are from now on: the fine-tuning after constrained training."""
