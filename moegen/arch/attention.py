@@ -329,11 +329,3 @@ class BidirectionalAttention(GroupedQueryAttention):
         q, k, v = self._project(b, x, context)
         out = b.spec.model.attend(q, k, v, context, **self._options())
         return self._merge(b, out)
-
-
-def bidirectional(attention: Attention) -> Attention:
-    """The attention of an encoder from a section that does not say its kind; itself otherwise."""
-    if type(attention) is not GroupedQueryAttention or "kind" in attention.model_fields_set:
-        return attention
-    said = {name: getattr(attention, name) for name in attention.model_fields_set}
-    return BidirectionalAttention(**said)

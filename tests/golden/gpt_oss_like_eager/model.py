@@ -138,7 +138,8 @@ class SlidingAttention(nn.Module):
             (ring_positions(context.start, size, x.device), context.positions)
         )
         distance = context.positions.unsqueeze(-1) - held
-        mask = (held >= 0) & (distance >= 0) & (distance < 5)
+        near = distance < 5
+        mask = (held >= 0) & (distance >= 0) & near
         seen = torch.cat((keys, k), 2)
         told = torch.cat((values, v), 2)
         out = masked_sink_attention(q, seen, told, mask, self.sinks, 0.3535533905932738)
