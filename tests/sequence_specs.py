@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from tiny_models import BATCH, token_ids
+from torch import Tensor
+
 RELATIVE = {"buckets": 8, "max_distance": 16}
 
 
@@ -108,3 +112,17 @@ SPECS: dict[str, dict[str, Any]] = {
         ),
     )
 }
+
+SOURCE, TARGET = 12, 9
+TASK = {"turned": torch.tensor([2, 0])}  # what routers read beside tokens
+
+
+def given(name: str) -> dict[str, Tensor]:
+    return {"task": TASK[name]} if name in TASK else {}
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Source and target ids, and which of them are real."""
+    mask = torch.arange(SOURCE) < torch.tensor([[SOURCE], [7]])
+    decoder_mask = torch.arange(TARGET) < torch.tensor([[6], [TARGET]])
+    return token_ids(BATCH, SOURCE), token_ids(BATCH, TARGET, seed=2), mask, decoder_mask

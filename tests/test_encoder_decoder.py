@@ -1,4 +1,4 @@
-"""Encoder-decoders: emitted code, decoding, padding, and costs against torch's own counts."""
+"""Encoder-decoders: emitted code, decoding, padding, losses of both stacks, and kernels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from counted_flops import counter, declared
-from kept_memory import distinct_bytes, kept, own
-from sequence_specs import LOSSES, SPECS, moe, spec
-from tiny_models import BATCH, filled, imported, made, planned, token_ids, twin
-from torch import Tensor
+from sequence_specs import LOSSES, SPECS, TARGET, batch, given, moe, spec
+from tiny_models import BATCH, filled, imported, made, planned, twin
 
 import moegen
 from moegen.backend import backend
@@ -24,8 +21,6 @@ from moegen.graph.execute import tensors
 from moegen.passes.sizes import prove_sizes
 
 NAMES = sorted(SPECS)
-SOURCE, TARGET = 12, 9
-TASK = {"turned": torch.tensor([2, 0])}  # what routers read beside tokens
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,17 +30,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def given(name: str) -> dict[str, Tensor]:
-    return {"task": TASK[name]} if name in TASK else {}
-
-
-def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Source and target ids, and which of them are real."""
-    mask = torch.arange(SOURCE) < torch.tensor([[SOURCE], [7]])
-    decoder_mask = torch.arange(TARGET) < torch.tensor([[6], [TARGET]])
-    return token_ids(BATCH, SOURCE), token_ids(BATCH, TARGET, seed=2), mask, decoder_mask
 
 
 # Emitted code
@@ -75,9 +59,9 @@ def test_emitted_equals_graph_bit_for_bit(name: str, training: bool) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All specs emitted side by side."""
+    """Specs that differ most, emitted side by side."""
     place = tmp_path_factory.mktemp("emitted")
-    for name in NAMES:
+    for name in ("switch-like", "tables-of-layers", "turned", "mixed"):
         text = package(planned(SPECS[name]), backend("eager"))
         write(text, place / name.replace("-", "_"), force=False)
     return place
@@ -243,70 +227,6 @@ def test_balance_biases_of_both_stacks_move_by_their_own_loads() -> None:
     assert model.routed_layers() == ["encoder 1", "decoder 2"]
 
 
-# Costs
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_flops_are_those_that_torch_counts(name: str) -> None:
-    plan = planned(SPECS[name])
-    model = made(SPECS[name]).train()
-    ids, decoder_ids, _, _ = batch()
-    with counter() as forward:
-        out = model(ids, decoder_ids, **given(name))
-    with counter() as backward:
-        out.logits.float().square().mean().backward()
-    ours, ours_backward = declared(plan.costs["forward"])
-    more, more_backward = beyond_the_mask(plan.spec.model)
-    assert ours + more == forward.get_total_flops()
-    assert ours_backward + more_backward == backward.get_total_flops()
-
-
-def beyond_the_mask(model: Any) -> tuple[int, int]:
-    """What torch counts of the decoder's own attention beyond the pairs inside the mask.
-
-    Biased attention is products one by one, so that all pairs are computed.
-    """
-    stack = model.stacks()["decoder"]
-    if not (stack.attention.shared or stack.attention.relative):
-        return 0, 0
-    pairs = TARGET**2 - TARGET * (TARGET + 1) // 2
-    one = 2 * BATCH * 4 * pairs * 16 * stack.layers
-    return one, 2 * one
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_decoding_flops_are_those_that_torch_counts(name: str) -> None:
-    plan, model = planned(SPECS[name]), made(SPECS[name]).eval()
-    ids = batch()[0]
-    with torch.no_grad():
-        with counter() as reading:
-            memory = model.encode(ids, **given(name))
-            cache = model.new_cache(memory, TARGET)
-        with counter() as step:
-            model.step(ids[:, :1], torch.tensor(0), cache, **given(name))
-    read = sum(sum(plan.costs[program].flops.values()) for program in ("encode", "new_cache"))
-    assert read == reading.get_total_flops()
-    assert sum(plan.costs["step"].flops.values()) == step.get_total_flops()
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "mixed"])
-def test_saved_bytes_are_what_autograd_keeps(name: str) -> None:
-    model = made(SPECS[name]).train()
-    ids, decoder_ids, _, _ = batch()
-    found = kept(lambda: model(ids, decoder_ids, **given(name)))
-    aside = own(model, ids, decoder_ids, *given(name).values())
-    assert planned(SPECS[name]).costs["forward"].saved == distinct_bytes(found, aside)
-
-
-def test_the_loss_keeps_what_autograd_keeps() -> None:
-    model = made(SPECS["t5-like"])
-    labels = batch()[1]
-    logits = torch.randn(BATCH, TARGET, 61, requires_grad=True)
-    found = kept(lambda: model.loss(logits, labels))
-    saved = planned(SPECS["t5-like"]).costs["loss"].saved
-    assert saved == distinct_bytes(found, [logits, labels])
-
-
 # Kernels
 
 
@@ -326,3 +246,16 @@ def test_a_package_with_kernels_computes_what_one_without_does() -> None:
         torch.testing.assert_close(found[key].grad, parameter.grad, rtol=1e-3, atol=1e-5)
     memory = [model.encode(ids, mask) for model in (plain, fused)]
     torch.testing.assert_close(memory[1], memory[0], rtol=1e-4, atol=1e-4)
+
+
+# Warnings
+
+
+def test_routing_that_looks_ahead_is_warned_of_in_the_decoder_alone() -> None:
+    ahead = moe(router={"select": {"kind": "expert_choice", "factor": 2.0}})
+    for side, expected in (("encoder", 0), ("decoder", 1)):
+        others = {"encoder", "decoder"} - {side}
+        stacks: dict[str, Any] = {side: {"layers": 2, "placement": "all"}}
+        stacks |= {other: {"layers": 2, "placement": "none"} for other in others}
+        plan = moegen.plan(spec("ahead", {**stacks, "moe": ahead}))
+        assert len(plan.warnings) == expected, side
