@@ -58,8 +58,8 @@ def of_experts(moe: MoE) -> Iterator[tuple[Path, str]]:
     if experts.nested is None:
         return
     if moe.router.gate.scales == "input" or experts.nested.router.gate.scales == "input":
-        at = ("router", "gate", "scales")
-        at = at if moe.router.gate.scales == "input" else ("experts", "nested", *at)
+        inside = () if moe.router.gate.scales == "input" else ("experts", "nested")
+        at = (*inside, "router", "gate", "scales")
         yield at, "weights of mixtures inside experts are multiplied, so they scale outputs"
     if moe.router.balance_bias:
         yield ("router", "balance_bias"), "balance_bias knows no mixtures inside experts"

@@ -29,7 +29,7 @@ def _products(
 
 
 def _flops(x: Any, *weights: Any, weight_hr: Any = None) -> int:
-    return sum(_products(x, *weights[:2], weight_hr))
+    return sum(_products(x, weights[0], weights[1], weight_hr))
 
 
 def _step_flops(x: Any, hidden: Any, cell: Any, *rest: Any, **named: Any) -> int:
@@ -38,13 +38,13 @@ def _step_flops(x: Any, hidden: Any, cell: Any, *rest: Any, **named: Any) -> int
 
 def _backward(x: Any, *weights: Any, weight_hr: Any = None) -> Fraction:
     """Two products for each, but none for the gradient of the zeros before the first step."""
-    forward = sum(_products(x, *weights[:2], weight_hr))
+    forward = sum(_products(x, weights[0], weights[1], weight_hr))
     return 2 - Fraction(2 * x.shape[0] * weights[1].numel(), forward)
 
 
 def _shares(x: Any, *weights: Any, weight_hr: Any = None) -> dict[str, Fraction]:
     """What is for one gradient alone; those of states are needed for any."""
-    products = _products(x, *weights[:2], weight_hr)
+    products = _products(x, weights[0], weights[1], weight_hr)
     by_input, by_output, projected = (Fraction(p, sum(products)) for p in products)
     return {
         "x": by_input,
