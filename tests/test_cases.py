@@ -34,6 +34,7 @@ from moegen.arch import (
 )
 from moegen.arch.losses import auxiliary, balance, entropy, importance
 from moegen.arch.mixture import experts as vector_experts
+from moegen.arch.mixture import gating
 from moegen.arch.mixture import layer as mixture_layer
 from moegen.arch.mixture import model as mixture_model
 from moegen.arch.routing import (
@@ -50,10 +51,10 @@ from moegen.arch.routing import (
 from moegen.errors import SpecError
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.yaml"))
-RULES = ("rules", "check", "_side", "_broken_stacks", "_broken", "_unknown_losses", "_of_loss")
+RULES = ("rules", "check", "_side", "_broken_stacks", "_broken", "_unknown_losses", "broken_loss")
 ALL_OF = (mixture_rules, router_rules)  # but for what they warn of
 MODULES = (
-    *(vector_experts, mixture_layer, mixture_model, multitask),
+    *(vector_experts, gating, mixture_layer, mixture_model, multitask),
     *(encoder_decoder, positions, patches, two_tower, vision),
     *(capacity, experts, auxiliary, balance, entropy, importance, expert_choice, gate, noise),
     *(recurrence, recurrent),

@@ -304,3 +304,37 @@ def test_layers_that_are_computed_again_have_the_same_gradients(name: str) -> No
 def test_totals_are_not_counted_twice() -> None:
     with pytest.raises(TypeError, match="runs only once"):
         made(ALL["deep"]).checkpoint_layers()
+
+
+def test_experts_that_are_closed_are_not_run() -> None:
+    spec = mixture(
+        "doors", 2, [{"experts": 3, "router": {"affinity": "sigmoid"}, "stochastic": 0.5}]
+    )
+    model, (x, _) = made(spec).eval(), batch_of(spec)
+    layer = model.layers[0]
+    wanted = (F.linear(x, layer.router) > 0).float()
+    outputs = torch.einsum("bd,end->ben", x, layer.down) + layer.down_bias
+    expected = (wanted.unsqueeze(-1) * outputs).sum(1)
+    torch.testing.assert_close(model(x).outputs, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        layer.router[0] = -100 * x[0]  # closed for the first example at least
+        layer.down[0] = float("nan")
+    assert model(x[:1]).outputs.isfinite().all()
+
+
+def test_as_many_gates_open_as_the_target_says() -> None:
+    layer = {
+        "experts": 8,
+        "router": {"affinity": "sigmoid", "score": {"kind": "linear", "bias": True}},
+        "stochastic": {"target": 0.25, "weight": 50.0},
+    }
+    spec = mixture("sparse-doors", 2, [layer])
+    model, (x, y) = made(spec), batch_of(spec, 64)
+    adam = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(100):
+        loss, _ = model.training_loss(x, y)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    shares = [model(x).routing[0].load.sum().item() / (64 * 8) for _ in range(20)]
+    assert sum(shares) / 20 == pytest.approx(0.25, abs=0.05)

@@ -82,6 +82,19 @@ MIXTURES: dict[str, dict[str, Any]] = {
                 },
             ],
         ),
+        mixture(
+            "stochastic",
+            2,
+            [
+                {
+                    **UNLIKE,
+                    "router": {"affinity": "sigmoid"},
+                    "stochastic": {"target": 0.4, "variance": 0.1},
+                    "width": 4,
+                },
+                {"experts": 4, "router": {"affinity": "sigmoid"}, "stochastic": 0.5},
+            ],
+        ),
         mixture("unlike-dense", 2, [{**UNLIKE, "router": {}}]),
         mixture("fp64", 2, [{"experts": 4}], precision=WIDE),
         mixture(

@@ -159,7 +159,7 @@ class Multitask(Model):
         mixture = self.mixture
         if mixture.width is None:
             yield ("mixture",), "width is missing: how many numbers an expert gives"
-        for name in ("patches", "margin", "anneal"):
+        for name in ("patches", "margin", "anneal", "stochastic"):
             if getattr(mixture, name) is not None:
                 yield ("mixture", name), f"{name} is for kind: mixture"
         if self.gates == "none" and mixture.num_experts > 1:

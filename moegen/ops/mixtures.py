@@ -141,6 +141,45 @@ def number(value: float) -> Tensor:
     return torch.full((1,), value)
 
 
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chances: Tensor, opened: Tensor) -> Tensor:
+        return opened.to(chances.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@op(effect=True, flops=lambda chances, training: 0)
+def open_gates(chances: Tensor, training: bool) -> Tensor:
+    """1 where a gate is open and 0 elsewhere: by chance [B, E] in training, else above one half.
+
+    The gradient is that of the chances themselves (Bengio et al. 2013).
+    """
+    limit = torch.rand_like(chances) if training else 0.5
+    opened = chances > limit
+    return _StraightThrough.apply(chances, opened)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _kept_of_sparsity(chances: Tensor, target: float, variance: float) -> int:
+    """Bytes of a distance an expert and an example."""
+    return sum(chances.shape) * chances.element_size()
+
+
+@op(
+    saves=lambda chances, target, variance: ("chances",) if variance else (),
+    extra=_kept_of_sparsity,
+)
+def sparsity(chances: Tensor, target: float, variance: float) -> Tensor:
+    """Squared distances of mean chances [B, E] to a target, less a share of their variance."""
+    by_expert, by_example = chances.mean(0) - target, chances.mean(1) - target
+    value = by_expert.square().mean() + by_example.square().mean()
+    if variance:
+        value = value - variance * chances.var(0, correction=0).mean()
+    return value
+
+
 @op(flops=lambda experts, current, nowhere: 0)
 def first_choices(experts: Tensor, current: Tensor, nowhere: int) -> Tensor:
     """The first current [1] choices of experts [B, k], `nowhere` in place of the others."""

@@ -5,49 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from moegen.arch.losses.auxiliary import Outcome
 from moegen.arch.mixture.experts import VectorExperts
+from moegen.arch.mixture.gating import Anneal, Gating, Stochastic, broken_loss
 from moegen.arch.moe import Losses
 from moegen.arch.routing.networks import TreeScore
 from moegen.arch.routing.routed import Routed, Scored, Site
-from moegen.arch.routing.router import Router
-from moegen.arch.routing.select import Selection
 from moegen.arch.routing.sites import one_matrix
-from moegen.arch.routing.token_choice import AllExperts
 from moegen.graph.builder import Builder
 from moegen.graph.layer import Layer
 from moegen.ops.experts import combine, gather_rows
 from moegen.ops.information import router_entropy
 from moegen.ops.losses import masked_mean
-from moegen.ops.mixtures import annealing_plan, constrain_gates, first_choices, number
+from moegen.ops.mixtures import (
+    annealing_plan,
+    chosen_by_any,
+    constrain_gates,
+    first_choices,
+    number,
+    open_gates,
+    sparsity,
+)
 from moegen.ops.routing import expert_load, sort_by_expert, top_k
-from moegen.spec.element import Element, OneOf, Path
+from moegen.spec.element import Path
 from moegen.spec.words import listed
-
-LOSSES = ("balance", "importance", "load", "z")
-
-
-class Gating(Router):
-    """How examples find experts: as tokens do, but by default each meets all of them."""
-
-    select: Annotated[Selection, OneOf(Selection)] = Field(
-        AllExperts(), description="all experts (a dense mixture), or the best k (top_k)"
-    )
-
-
-class Anneal(Element):
-    """In training more experts at first: from `start` down to the router's k, in equal steps."""
-
-    start: int = Field(ge=2, le=10**6, description="experts of an example at first", examples=[4])
-    steps: int = Field(
-        ge=1, le=10**9, description="steps of training until it is k", examples=[1000]
-    )
 
 
 class MixtureLayer(Layer):
@@ -78,6 +64,9 @@ class MixtureLayer(Layer):
     anneal: Anneal | None = Field(
         None, description="begin with more experts an example (Ramachandran and Le 2019)"
     )
+    stochastic: Stochastic | None = Field(
+        None, description="experts open by chance, each by itself (Bengio et al. 2013)"
+    )
     losses: Losses = Field({}, description="auxiliary losses: balance, importance, load, z")
 
     def rules(self) -> Iterator[tuple[Path, str]]:
@@ -102,6 +91,9 @@ class MixtureLayer(Layer):
         if isinstance(router.score, TreeScore) and router.score.leaves != self.num_experts:
             sentence = f"the tree has {router.score.leaves} leaves for {self.num_experts} experts"
             yield ("router", "score", "branches"), sentence
+        if self.stochastic and (kind != "all" or router.affinity.sums_to_one):
+            sentence = "each expert opens by itself; say select: all and affinity: sigmoid"
+            yield ("stochastic",), sentence
         if self.margin is not None and not self.dense:
             yield ("margin",), f"margin is for gates of all experts, not for {kind}"
         if self.anneal and not self.chosen < self.anneal.start <= self.num_experts:
@@ -115,18 +107,7 @@ class MixtureLayer(Layer):
                 at: Path = ("others", index - 1, "signs") if index else ("experts", "signs")
                 yield at, f"signs give 1 number, but width is {self.width}"
         for name, loss in self.losses.items():
-            yield from ((("losses", name, *path), text) for path, text in self._of_loss(loss))
-
-    def _of_loss(self, loss: Any) -> Iterator[tuple[Path, str]]:
-        if loss.kind not in LOSSES or loss.pooled:
-            yield (), f"{loss.kind} is for layers of tokens; say one of {listed(LOSSES, 'and')}"
-        elif self.dense and loss.kind != "importance":
-            yield (), f"every example meets all experts, so {loss.kind} has no use"
-        else:
-            experts = SimpleNamespace(nested=None, free=0)
-            facts = {"capacity": None, "group": "batch", "group_kind": "batch"}
-            known = {"router": self.router, "chosen": self.chosen, "experts": experts}
-            yield from loss.check(SimpleNamespace(num_choices=self.num_choices, **known, **facts))
+            yield from ((("losses", name, *path), text) for path, text in broken_loss(self, loss))
 
     # Facts: as selection, gates and losses ask for them
 
@@ -148,12 +129,17 @@ class MixtureLayer(Layer):
     @property
     def dense(self) -> bool:
         """Whether every example meets every expert."""
-        return self.router.select.kind == "all"
+        return self.router.select.kind == "all" and self.stochastic is None
 
     @property
     def chosen(self) -> int:
         """k: experts that an example meets."""
         return int(self.router.select.chosen(1, self.num_experts))
+
+    def loss_names(self, on: Any) -> list[str]:
+        """Auxiliary losses that are on, as the spec's phase of training says."""
+        names = [*self.losses, *(["sparsity"] if self.stochastic else [])]
+        return [name for name in names if on == "all" or name in on]
 
     def describe(self, spec: Any) -> str:
         """`Mixture of 4 linear experts: all for every example.`"""
@@ -177,7 +163,9 @@ class MixtureLayer(Layer):
         with b.section("route"):
             scored = self._scored(b, x)
             path = ("router", "select")
-            if self.anneal:
+            if self.stochastic:
+                routed = self._opened(b, scored)
+            elif self.anneal:
                 routed = self._annealed(b, scored)
             else:
                 routed = b.inline(self.router.select, "route", self, scored, path=path)
@@ -234,6 +222,17 @@ class MixtureLayer(Layer):
         kept = first_choices(choices, current, experts)
         logits = scored.logits.gather(-1, choices)
         weights = logits.masked_fill(kept == experts, float("-inf")).softmax(-1)
+        return self._grouped(scored, choices, kept, weights)
+
+    def _opened(self, b: Builder, scored: Scored) -> Routed:
+        """Experts that are open, weighed by one."""
+        weights = open_gates(scored.scores, b.training)
+        kept = chosen_by_any(weights.unsqueeze(1))
+        return self._grouped(scored, kept, kept, weights)
+
+    def _grouped(self, scored: Scored, choices: Any, kept: Any, weights: Any) -> Routed:
+        """Rows of the choices [B, k] that are kept, and the way back."""
+        experts = self.num_experts
         order, ends = sort_by_expert(kept, experts)
         load = expert_load(kept, experts, scored.valid)
         made = self._chosen(scored.tokens, weights, choices, load)
@@ -285,6 +284,7 @@ class MixtureLayer(Layer):
         total = None
         vectors = x.flatten(1) if self.patches else x
         active = Fraction(self.chosen, self.num_experts)  # in the end, if it is annealed
+        active = self.stochastic.active if self.stochastic else active
         for group, suffix, first in self._groups():
             with b.section("experts"):
                 rows, ends, restore = self._rows(vectors, routed, group, first)
@@ -327,9 +327,13 @@ class MixtureLayer(Layer):
             losses = {}
             on = b.spec.train.losses
             for name, loss in self.losses.items():
-                if on == "all" or name in on:
+                if name in self.loss_names(on):
                     value = b.inline(loss, "of_layer", outcome, path=("losses", name))
                     losses[name] = b.name(value * loss.weight, name)
+            if self.stochastic and "sparsity" in self.loss_names(on):
+                how = self.stochastic
+                value = sparsity(scored.scores, how.target, how.variance) * how.weight
+                losses["sparsity"] = b.name(value, "sparsity")
             entropy = router_entropy(scored.scores, scored.valid)
         record = b.record(
             "Routing",
@@ -340,8 +344,3 @@ class MixtureLayer(Layer):
             losses=losses,
         )
         return record
-
-
-def resolved(layer: MixtureLayer, width: int) -> MixtureLayer:
-    """A layer whose output width is known."""
-    return layer if layer.width else layer.model_copy(update={"width": width})

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from moegen.arch.init import ZEROS
-from moegen.arch.mixture.layer import MixtureLayer, resolved
+from moegen.arch.mixture.layer import MixtureLayer
 from moegen.arch.mixture.targets import Target, no_length
 from moegen.arch.model import Model
 from moegen.graph.builder import Builder
@@ -247,8 +247,12 @@ class Mixture(Model):
         losses: dict[str, Any] = {}
         on = b.spec.train.losses
         for index, layer in enumerate(self.layers):
-            for name in layer.losses:
-                if on == "all" or name in on:
-                    value = routing[index].losses[name]
-                    losses[name] = losses[name] + value if name in losses else value
+            for name in layer.loss_names(on):
+                value = routing[index].losses[name]
+                losses[name] = losses[name] + value if name in losses else value
         return b.record("Output", outputs=x, **gates, losses=losses, routing=routing)
+
+
+def resolved(layer: MixtureLayer, width: int) -> MixtureLayer:
+    """A layer whose output width is known."""
+    return layer if layer.width else layer.model_copy(update={"width": width})
