@@ -12,7 +12,7 @@ from moegen.graph.component import Component, Weight
 from moegen.optimizers import OPTIMIZERS
 from moegen.parameters import Counts, count
 from moegen.passes.cost import Costs, Summary
-from moegen.passes.refs import size
+from moegen.passes.refs import Ref, resolve, size
 from moegen.passes.schedule import Path, critical_path, recurrent_steps
 from moegen.planner import Plan
 
@@ -202,6 +202,14 @@ def weights(root: Component) -> Iterator[tuple[Weight, int]]:
             yield weight, sites[key]
 
 
+def _kept_output(plan: Plan, forward: Summary) -> int:
+    """Bytes of what the loss is computed from, unless the forward pass keeps it already."""
+    output = plan.results["forward"]
+    (last,) = (n for n in plan.root.programs["forward"].graph.nodes if n.op == "output")
+    source = resolve(Ref(last.args[0], (output._fields[0],)), lambda node, path: Ref(node, path))
+    return 0 if source in forward.kept else size(output[0])
+
+
 def _training(plan: Plan, forward: Summary, optimizer: str, checkpointing: bool) -> Memory:
     scheme = OPTIMIZERS[optimizer]
     loss = plan.costs["loss"]
@@ -210,7 +218,7 @@ def _training(plan: Plan, forward: Summary, optimizer: str, checkpointing: bool)
     trained = [(w, n) for w, n in held if w.trained]
     gradients = sum(scheme.gradient(w) * n for w, n in trained)
     state = sum(scheme.state(w) * n for w, n in trained)
-    saved = forward.saved + size(plan.results["forward"][0]) + loss.saved
+    saved = forward.saved + _kept_output(plan, forward) + loss.saved
     peak = max(forward.peak_forward, loss.peak_forward, loss.peak_backward, forward.peak_backward)
     kept = "layers' inputs and what lies outside layers" if checkpointing else "each tensor once"
     return Memory(

@@ -49,6 +49,10 @@ ALSO = {
         {"norm": {"kind": "layer"}, "moe": moe(shared=1)},
         precision={"compute": "bf16"},
     ),
+    "loss on logits": spec("output-z", {"head": {"z_loss": 0.1}}),
+    "loss on logits in bf16": spec(
+        "output-z-bf16", {"head": {"z_loss": 0.1}}, precision={"parameters": "bf16"}
+    ),
     "short sequence in a long window": spec(
         "wide-window", {"attention": {"heads": 4, "kv_heads": 2, "window": 40}}
     ),
@@ -82,6 +86,15 @@ def test_saved_bytes_are_what_autograd_keeps(name: str) -> None:
     model, ids = made(source).train(), token_ids()
     found = kept(lambda: model(ids))
     assert planned(source).costs["forward"].saved == distinct_bytes(found, own(model, ids))
+
+
+def test_logits_that_both_losses_read_are_estimated_once() -> None:
+    def saved(name: str, head: dict[str, float]) -> int:
+        lines = moegen.estimate(planned(spec(name, {"head": head}))).training.lines
+        return next(line.bytes for line in lines if line.name == "saved activations")
+
+    log_partition_and_weight = 4 * (2 * TOKENS + 1)
+    assert saved("z", {"z_loss": 0.1}) - saved("no-z", {}) == log_partition_and_weight
 
 
 def test_cpu_keeps_a_copy_more_of_every_norm() -> None:

@@ -109,12 +109,12 @@ class Classes:
         return lines
 
     def _sizes(self, weight: Weight) -> str:
-        sizes = ", ".join(map(str, weight.shape))
+        sizes = ", ".join(map(str, weight.shape)) or "()"
         same = weight.dtype == self.default == torch.float32
         return sizes if same else f"{sizes}, dtype={weight.dtype}"
 
     def _register(self, name: str, buffer: Buffer) -> str:
-        sizes = ", ".join(map(str, buffer.shape))
+        sizes = ", ".join(map(str, buffer.shape)) or "()"
         persistent = "" if buffer.persistent else ", persistent=False"
         made = f"torch.empty({sizes}, dtype={buffer.dtype})"
         return f'self.register_buffer("{name}", {made}{persistent})'

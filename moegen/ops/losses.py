@@ -125,7 +125,16 @@ def dropped_fraction(kept: Tensor, load: Tensor, nowhere: int) -> Tensor:
     return 1 - (kept < nowhere).sum() / load.sum().clamp(min=1)
 
 
-@op(extra=lambda logits, valid: 4 * (3 * logits.numel() // logits.shape[-1] + 1))
+def _output_z(logits: Tensor, valid: Tensor) -> int:
+    """Bytes of a log-partition and a weight for each token, and of logits in fp32."""
+    copy = 0 if logits.dtype == torch.float32 else logits.numel()
+    return int(4 * (copy + 2 * logits.numel() // logits.shape[-1] + 1))
+
+
+@op(
+    saves=lambda logits, valid: ("logits",) if logits.dtype == torch.float32 else (),
+    extra=_output_z,
+)
 def output_z_loss(logits: Tensor, valid: Tensor) -> Tensor:
     """Mean squared log-partition of a model's logits [B, S, V] over real tokens, in fp32."""
     return masked_mean(

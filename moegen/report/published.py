@@ -13,7 +13,7 @@ from moegen.spec.words import listed
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 CONVENTIONS = {
-    "active": "all that a token uses",
+    "active": "all that one uses",
     "active_without_input_embedding": "without the input embedding",
     "active_without_embeddings": "without embedding and head",
 }

@@ -175,3 +175,14 @@ def _label(name: str) -> int | str:
         return name
     stack, layer = found.groups()
     return f"{stack[:-1]} {layer}" if stack else int(layer)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """One token [B] from logits [B, V]: the likeliest at temperature 0, else one drawn."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .network import Network
+from .network import Network, sample
 
 
 class SequenceToSequence(Network):
@@ -89,7 +89,7 @@ class SequenceToSequence(Network):
         for _ in range(new_tokens):
             logits = self.step(token, start, cache, **given)[:, -1]
             start = start + 1
-            token = _sample(logits, temperature, top_k).unsqueeze(-1)
+            token = sample(logits, temperature, top_k).unsqueeze(-1)
             yield token[:, 0]
 
     def generate(
@@ -116,14 +116,3 @@ class SequenceToSequence(Network):
             if end is not None and bool(done.all()):
                 break
         return torch.stack(new, dim=1)
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """One token [B] from logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)

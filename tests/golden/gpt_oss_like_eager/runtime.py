@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .network import Network
+from .network import Network, sample
 
 
 class LanguageModel(Network):
@@ -60,7 +60,7 @@ class LanguageModel(Network):
         for _ in range(new_tokens):
             logits = self.step(ids, start, cache, **given)[:, -1]
             start = start + ids.shape[1]
-            ids = _sample(logits, temperature, top_k).unsqueeze(-1)
+            ids = sample(logits, temperature, top_k).unsqueeze(-1)
             yield ids[:, 0]
 
     def generate(
@@ -74,14 +74,3 @@ class LanguageModel(Network):
         """The prompts ids [B, S] with new_tokens more tokens, [B, S + new_tokens]."""
         new = list(self.stream(ids, new_tokens, temperature, top_k, **given))
         return torch.cat([ids, *(token.unsqueeze(-1) for token in new)], dim=1)
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """One token [B] from logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
