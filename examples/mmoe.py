@@ -331,7 +331,7 @@ def main(setting: Setting) -> Results:
     people = adult().first(setting(10**9, 400))
     runs, model = census(setting, Size(setting(800, 12), 256, evaluations=setting(9, 2)), people)
     asked = setting(CORRELATIONS, CORRELATIONS[::2])
-    size = Size(setting(1200, 12), 100, evaluations=setting(5, 2))
+    size = Size(setting(2000, 12), 100, evaluations=setting(5, 2))
     made = made_tasks(setting, size, setting(100_000, 500), asked)
     about = f"{people.about}; and the synthetic pairs of tasks of Ma et al. 2018"
     figures = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from examples import chen, hme, mmoe
+from examples import chen, hme, hme_report, mmoe
 from examples.data.dataset import Dataset, Part
 from examples.data.synthetic import clustered_patches
 from examples.harness import Run, Setting, compiled
@@ -106,9 +106,9 @@ def test_passes_are_counted_to_where_the_mean_of_seeds_is() -> None:
     for run, values in zip(runs, ([3.0, 2.0, 1.0], [3.0, 1.0, 0.6]), strict=True):
         for number, value in enumerate(values):
             run.measure(2 * number, {"training nats": value})
-    assert hme.passes_to(runs, 1.5) == 2
-    assert hme.passes_to(runs, 0.8) == 4
-    assert hme.passes_to(runs, 0.7) is None
+    assert hme_report.passes_to(runs, 1.5) == 2
+    assert hme_report.passes_to(runs, 0.8) == 4
+    assert hme_report.passes_to(runs, 0.7) is None
 
 
 def table(rows: int) -> Dataset:
@@ -122,8 +122,8 @@ def table(rows: int) -> Dataset:
 
 def test_one_linear_expert_is_least_squares_after_a_pass() -> None:
     data = table(200)
-    one = hme.made(hme.TREE, data, 0, **hme.ONE)
-    run = hme.by_em(Setting(), one.run(hme.LINEAR), one.model, data, 1)
+    one = hme.made(hme.TREE, data, 0, hme.ONE)
+    run = hme.by_em(Setting(), one.run(hme_report.LINEAR), one.model, data, 1)
     with_one = [
         torch.cat([p.x, torch.ones(200, 1)], 1).double() for p in (data.train, data.held_out)
     ]
@@ -141,8 +141,13 @@ def test_one_linear_expert_is_least_squares_after_a_pass() -> None:
 def test_hme(tmp_path: Path) -> None:
     with_data(hme.bikes)
     data = quick(hme.main, tmp_path)
-    assert systems(data, hme.TREES) == [hme.EM, *hme.GRADIENTS, hme.NETWORK, hme.LINEAR]
-    assert systems(data, hme.LOSSES) == list(hme.OBJECTIVES)
+    assert systems(data, hme.TREES) == [
+        hme_report.EM,
+        *hme.GRADIENTS,
+        hme_report.NETWORK,
+        hme_report.LINEAR,
+    ]
+    assert systems(data, hme.LOSSES) == list(hme_report.OBJECTIVES)
     em, *descents, network, linear = data["runs"][:6]
     assert all(run["parameters"] == em["parameters"] for run in (*descents, network))
     assert linear["parameters"] < em["parameters"]
