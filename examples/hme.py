@@ -181,14 +181,20 @@ def trees(setting: Setting, data: Dataset, size: Size) -> tuple[list[Run], Any]:
 
 
 def judged_apart(model: Any, data: Dataset) -> dict[str, float]:
-    """R2 of the prediction, of the highest gate's expert alone, and the gates' entropy."""
+    """R2 of the prediction, of the highest gate's expert alone, nats, and the gates' entropy."""
     with evaluating(model):
         out, y = model(data.held_out.x), data.held_out.y
         blend = model.predict(data.held_out.x)[:, 0]
+        nats = -float(model.log_likelihood(data.held_out.x, targets(data.held_out)).mean())
     best = out.gates.argmax(-1, keepdim=True)
     alone = out.outputs[..., 0].gather(1, best)[:, 0]
     entropy = torch.special.entr(out.gates.double()).sum(-1).mean()
-    return {"R2": r2(blend, y), "R2 of one expert": r2(alone, y), "gate entropy": float(entropy)}
+    return {
+        "R2": r2(blend, y),
+        "R2 of one expert": r2(alone, y),
+        "nats": nats,
+        "gate entropy": float(entropy),
+    }
 
 
 def losses(setting: Setting, data: Dataset, size: Size) -> list[Run]:

@@ -96,7 +96,7 @@ def of_losses(runs: Sequence[Run]) -> list[Claim]:
     of = {name: [run for run in runs if run.system == name] for name in OBJECTIVES}
     means = {
         measure: {name: final_mean(part, measure) for name, part in of.items()}
-        for measure in ("R2", "R2 of one expert", "gate entropy")
+        for measure in ("R2", "R2 of one expert", "gate entropy", "nats")
     }
     alone, entropy, blend = means["R2 of one expert"], means["gate entropy"], means["R2"]
     together, compete, mixture = OBJECTIVES
@@ -114,7 +114,8 @@ def of_losses(runs: Sequence[Run]) -> list[Claim]:
         ),
         Claim(
             "the likelihood of the mixture is a better loss than the gates' mean of the errors",
-            f"R2 {said({name: blend[name] for name in (compete, mixture)})}",
+            f"R2 {said({name: blend[name] for name in (compete, mixture)})}; nats "
+            f"{said({name: means['nats'][name] for name in (compete, mixture)})}; by R2",
             blend[mixture] > blend[compete],
         ),
     ]
