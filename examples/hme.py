@@ -8,6 +8,7 @@ trained under the three losses of Jacobs et al. 1991: under which one do experts
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from examples.data.dataset import Dataset, Part
 from examples.data.tables import bikes
 from examples.harness import About, Results, Run, Schedule, Setting, command, compiled, fit
 from examples.harness.fit import bar, described, shares_over_steps
-from examples.harness.metrics import evaluating, gaussian_nats, r2
+from examples.harness.metrics import evaluating, gaussian_nats, r2, spread
 from examples.hme_report import (
     ADAM,
     BATCHES,
@@ -148,7 +149,10 @@ def by_gradient(
         adam=kind(model.parameters(), lr=rate),
     )
     run.held_out = [(round(step / a_pass), values) for step, values in run.held_out]
-    run.loss = [(max(round(step / a_pass), 1), loss) for step, loss in run.loss]
+    by_pass: dict[int, list[float]] = {}
+    for step, loss in run.loss:
+        by_pass.setdefault(math.ceil(step / a_pass), []).append(loss)
+    run.loss = [(number, spread(values)[0]) for number, values in by_pass.items()]
     return run
 
 

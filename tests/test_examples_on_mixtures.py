@@ -154,6 +154,7 @@ def test_hme(tmp_path: Path) -> None:
     for run in data["runs"]:
         passes = [number for number, _ in run["held_out"]]
         assert passes == list(range(len(passes)))
+        assert [number for number, _ in run["loss"]] == passes[1:]
     likelihoods = [-loss for _, loss in em["loss"]]
     assert likelihoods == sorted(likelihoods)
     assert (tmp_path / "likelihood.png").exists()
