@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from examples.data.images import digits, mnist_5k
 from examples.harness import Run, Schedule, Setting, compiled, fit
 from examples.harness.fit import Shares
 from examples.harness.metrics import accuracy, evaluating, nats, predicted
+from examples.harness.results import final_mean
 
 SPECS = Path(__file__).parent.parent / "specs"
+ROWS = "held-out rows"  # a note
 AT_ONCE = 64  # images judged in one call: those that compete for the room of experts
 DATA = {"MNIST": ("mnist", mnist_5k), "digits": ("digits", digits)}
 
@@ -75,6 +78,7 @@ def trained(
         setting.console,
         shares=scores_of(model) if shares else None,
     )
+    record.notes[ROWS] = len(data.held_out)
     return record, model
 
 
@@ -95,6 +99,26 @@ def same_weights(model: nn.Module, source: Any, overrides: Mapping[str, Any]) ->
     other = moegen.module(moegen.plan(source, overrides)).Model()
     other.load_state_dict(model.state_dict())
     return other.eval()
+
+
+def better(
+    ours: Sequence[Run], theirs: Sequence[Run], measure: str = "accuracy"
+) -> tuple[str, bool | None]:
+    """Whether a share of held-out rows is larger, as `verdict` has it."""
+    first, second = (final_mean(runs, measure) for runs in (ours, theirs))
+    words, holds = verdict(first, second, ours[0].notes[ROWS] * min(len(ours), len(theirs)))
+    return f"{measure} {words}", holds
+
+
+def verdict(first: float, second: float, rows: float) -> tuple[str, bool | None]:
+    """Whether one share of so many rows is larger than another, in words and as it holds.
+
+    None if that may be chance: two standard errors of the difference, all rows being counted as
+    drawn anew for each seed and model; since they are the same, it is rather less.
+    """
+    chance = 2 * math.sqrt((first * (1 - first) + second * (1 - second)) / rows)
+    words = f"{first:.4f} against {second:.4f}; by chance up to {chance:.4f}"
+    return words, first > second if abs(first - second) > chance else None
 
 
 # What experts see

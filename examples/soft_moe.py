@@ -11,7 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from examples.classifiers import Recipe, data_sets, neighbours, spec, trained, unseen
+from examples.classifiers import (
+    ROWS,
+    Recipe,
+    better,
+    data_sets,
+    neighbours,
+    spec,
+    trained,
+    unseen,
+    verdict,
+)
 from examples.data.dataset import Dataset
 from examples.harness import About, Claim, Results, Run, Setting, command
 from examples.harness.results import by_data, final_mean
@@ -84,24 +94,21 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     found = []
     for on, same in by_data(runs).items():
         of = {name: [run for run in same if run.system == name] for name in SYSTEMS}
-        found += [*compared(on, of), *followed(on, of), *grown(on, experts_to_accuracy(same))]
+        rows = of["ViT"][0].notes[ROWS] * len(of["ViT"])
+        found += [*compared(on, of), *followed(on, of), *grown(on, experts_to_accuracy(same), rows)]
     return found
 
 
 def compared(on: str, of: dict[str, list[Run]]) -> list[Claim]:
     """Soft against dense and against both choices."""
-    dense, tokens, experts, soft = (final_mean(runs, "accuracy") for runs in of.values())
+    dense, tokens, experts, soft = of.values()
     return [
-        Claim(
-            f"Soft MoE is better than a ViT of the same work ({on})",
-            f"accuracy {soft:.4f} against {dense:.4f}",
-            soft > dense,
-        ),
-        Claim(
-            f"Soft MoE is better than Tokens Choice and Experts Choice ({on})",
-            f"accuracy {soft:.4f} against {tokens:.4f} and {experts:.4f}",
-            soft > max(tokens, experts),
-        ),
+        Claim(f"Soft MoE is better than {what} ({on})", *better(soft, others))
+        for what, others in (
+            ("a ViT of the same work", dense),
+            ("Tokens Choice", tokens),
+            ("Experts Choice", experts),
+        )
     ]
 
 
@@ -126,17 +133,17 @@ def followed(on: str, of: dict[str, list[Run]]) -> list[Claim]:
     ]
 
 
-def grown(on: str, accuracy: dict[int, float]) -> list[Claim]:
-    """More experts with the same slots."""
+def grown(on: str, accuracy: dict[int, float], rows: float) -> list[Claim]:
+    """More experts with the same slots; rows: how many each accuracy is a share of."""
     if len(accuracy) < 2:
         return []
-    fewest, most = min(accuracy), max(accuracy)
+    words, holds = verdict(accuracy[max(accuracy)], accuracy[min(accuracy)], rows)
+    all_of_them = ", ".join(f"{value:.4f} with {count}" for count, value in accuracy.items())
     return [
         Claim(
             f"with the same slots in all, more experts are better, at about the same cost ({on})",
-            "accuracy "
-            + ", ".join(f"{value:.4f} with {count}" for count, value in accuracy.items()),
-            accuracy[most] > accuracy[fewest],
+            f"accuracy {all_of_them}; most against fewest: {words}",
+            holds,
         )
     ]
 

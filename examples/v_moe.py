@@ -7,7 +7,7 @@ weights as they are, once in the order of tokens and once by batch prioritised r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from examples.classifiers import (
     AT_ONCE,
+    ROWS,
     Recipe,
+    better,
     data_sets,
     judged,
     refused,
     same_weights,
     spec,
     trained,
+    verdict,
 )
 from examples.data.dataset import Dataset
 from examples.data.images import patches
@@ -139,23 +142,21 @@ def claims(runs: Sequence[Run], ratios: Sequence[float]) -> list[Claim]:
     for on, same in by_data(runs).items():
         of = {name: [run for run in same if run.system == name] for name in SYSTEMS}
         means = {name: final_mean(part, "accuracy") for name, part in of.items()}
-        found += [*compared(on, means), *prioritised(on, of[SWEPT], means["ViT"], ratios)]
+        found += [*compared(on, of), *prioritised(on, of[SWEPT], means["ViT"], ratios)]
     return found
 
 
-def compared(on: str, means: dict[str, float]) -> list[Claim]:
+def compared(on: str, of: Mapping[str, Sequence[Run]]) -> list[Claim]:
     """Sparse against dense, and few sparse layers against many."""
-    dense, every, last = means.values()
+    dense, every, last = of.values()
+    seen, holds = better(every, dense)
+    few, many = (final_mean(runs, "accuracy") for runs in (last, every))
     return [
-        Claim(
-            f"a V-MoE is better than a ViT of its active size ({on})",
-            f"accuracy {every:.4f} against {dense:.4f}",
-            every > dense,
-        ),
+        Claim(f"a V-MoE is better than a ViT of its active size ({on})", seen, holds),
         Claim(
             f"experts in the last layers alone are about as good as in every second ({on})",
-            f"accuracy {last:.4f} against {every:.4f}; within {CLOSE} is called as good",
-            last > every - CLOSE,
+            f"accuracy {few:.4f} against {many:.4f}; within {CLOSE} is called as good",
+            few > many - CLOSE,
         ),
     ]
 
@@ -171,23 +172,23 @@ def prioritised(on: str, runs: Sequence[Run], dense: float, ratios: Sequence[flo
     }
     said = {o: "at none" if ratio is None else f"from C = {ratio:g}" for o, ratio in enough.items()}
     empty, inked = (mean_note(runs, f"left out at {HALF:g}, {p}") for p in ("no ink", "ink"))
+    rows = runs[0].notes[ROWS] * len(runs)
+    words, clear = verdict(dense, values["vanilla"][0], rows)
+    seen, much = ([values[order][at] for order in ORDERS] for at in (place, -1))
     return [
         Claim(
             f"with little room, BPR is far better than the order of tokens ({on})",
-            f"C = {low:g}: accuracy {values['BPR'][place]:.4f} with BPR, "
-            f"{values['vanilla'][place]:.4f} without",
-            values["BPR"][place] > values["vanilla"][place],
+            *at_room(low, *verdict(seen[0], seen[1], rows)),
         ),
         Claim(
             f"with BPR, 15 to 30% of the places are enough to be as good as the dense model ({on})",
-            f"as good as the ViT {said['BPR']} with BPR, {said['vanilla']} without",
-            enough["BPR"] is not None and enough["BPR"] <= 0.3,
+            f"as good as the ViT {said['BPR']} with BPR, {said['vanilla']} without; the ViT and the "
+            f"least room without BPR: {words}",
+            enough["BPR"] is not None and enough["BPR"] <= 0.3 if clear is not None else None,
         ),
         Claim(
             f"even with much room BPR is better ({on})",
-            f"C = {ratios[-1]:g}: accuracy {values['BPR'][-1]:.4f} with BPR, "
-            f"{values['vanilla'][-1]:.4f} without",
-            values["BPR"][-1] > values["vanilla"][-1],
+            *at_room(ratios[-1], *verdict(much[0], much[1], rows)),
         ),
         Claim(
             f"what is left out is background ({on})",
@@ -196,6 +197,11 @@ def prioritised(on: str, runs: Sequence[Run], dense: float, ratios: Sequence[flo
             empty > inked,
         ),
     ]
+
+
+def at_room(ratio: float, words: str, holds: bool | None) -> tuple[str, bool | None]:
+    """A comparison of BPR with the order of tokens, with the room that both had."""
+    return f"C = {ratio:g}: accuracy with and without BPR {words}", holds
 
 
 @command(ABOUT, seeds=3)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import moegen
 from examples import gmoe, limoe, soft_moe, switch_spans, v_moe
-from examples.classifiers import neighbours, refused, same_weights, spec, unseen
+from examples.classifiers import neighbours, refused, same_weights, spec, unseen, verdict
 from examples.data.dataset import Part
 from examples.harness import Run
 from moegen.errors import MoegenError
@@ -114,6 +114,14 @@ def test_how_modalities_divide_experts() -> None:
     assert mixed == {"pure": 0, "image spread": pytest.approx(4), "text spread": pytest.approx(4)}
 
 
+def test_what_may_be_chance_is_not_claimed() -> None:
+    # standard errors: sqrt(0.09 / 900) = 0.01 of each, so 0.0141 of their difference
+    assert verdict(0.9, 0.9 - 0.027, 900)[1] is None
+    assert verdict(0.9, 0.9 - 0.032, 900)[1] is True
+    assert verdict(0.9 - 0.032, 0.9, 900)[1] is False
+    assert verdict(0.9, 0.8, 900)[0] == "0.9000 against 0.8000; by chance up to 0.0333"
+
+
 def test_weights_go_from_one_room_to_another() -> None:
     model = model_of("vmoe-digits")
     other = same_weights(model, spec("vmoe-digits"), {"model.moe.capacity.factor": 2.0})
@@ -132,7 +140,7 @@ def ran(command: click.Command, folder: Path) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     data: dict[str, Any] = json.loads((folder / "results.json").read_text())
     assert all(run["held_out"] for run in data["runs"])
-    assert all(claim["holds"] in (True, False) for claim in data["claims"])
+    assert all(claim["holds"] in (True, False, None) for claim in data["claims"])
     return data
 
 
@@ -146,7 +154,7 @@ def test_v_moe(tmp_path: Path) -> None:
     data = ran(v_moe.main, tmp_path)
     assert [run["system"] for run in data["runs"]] == list(v_moe.SYSTEMS)
     assert same_work(data["runs"], 0.02)
-    assert len(data["runs"][1]["notes"]) == 2 + 2
+    assert len(data["runs"][1]["notes"]) == 2 + 2 + 1
     assert {"room.png", "patches-digits.png"} <= {place.name for place in tmp_path.iterdir()}
 
 
@@ -161,20 +169,20 @@ def test_soft_moe(tmp_path: Path) -> None:
 def test_claims_on_more_experts_follow_from_the_runs() -> None:
     runs = []
     for system, right in (("Soft MoE", 0.9), ("Soft MoE, 1 x 16", 0.8), ("Soft MoE, 16 x 1", 0.7)):
-        run = Run(system)
+        run = Run(system, on="MNIST")
         run.measure(1, {"accuracy": right})
         runs.append(run)
     accuracy = soft_moe.experts_to_accuracy(runs)
     assert accuracy == {1: 0.8, 8: 0.9, 16: 0.7}
-    assert [claim.holds for claim in soft_moe.grown("", accuracy)] == [False]
-    assert soft_moe.grown("", {8: 0.9}) == []
+    assert [claim.holds for claim in soft_moe.grown("", accuracy, 900)] == [False]
+    assert soft_moe.grown("", {8: 0.9}, 900) == []
     assert soft_moe.of_division(runs) is not None
 
 
 def test_gmoe(tmp_path: Path) -> None:
     data = ran(gmoe.main, tmp_path)
     assert same_work(data["runs"], 0.04)
-    assert len(data["runs"][1]["notes"]) == len(gmoe.SEEN + gmoe.UNSEEN)
+    assert len(data["runs"][1]["notes"]) == len(gmoe.SEEN + gmoe.UNSEEN) + 1
 
 
 def test_switch(tmp_path: Path) -> None:
