@@ -182,8 +182,8 @@ def prioritised(on: str, runs: Sequence[Run], dense: float, ratios: Sequence[flo
         ),
         Claim(
             f"with BPR, 15 to 30% of the places are enough to be as good as the dense model ({on})",
-            f"as good as the ViT {said['BPR']} with BPR, {said['vanilla']} without; the ViT and the "
-            f"least room without BPR: {words}",
+            f"as good as the ViT {said['BPR']} with BPR, {said['vanilla']} without; the ViT and "
+            f"the least room without BPR: {words}",
             enough["BPR"] is not None and enough["BPR"] <= 0.3 if clear is not None else None,
         ),
         Claim(
