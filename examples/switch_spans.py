@@ -106,7 +106,7 @@ def run_of(setting: Setting, system: str, seed: int, text: Text) -> Run:
         text.batches(size, setting.draw(seed)),
         lambda part: model.training_loss(part.inputs, part.targets),
         lambda: judged(model, text),
-        Schedule(setting(450, 6), 4e-3, setting(6, 2)),
+        Schedule(setting(1500, 6), 4e-3, setting(6, 2)),
         setting.console,
     )
     if system != DENSE:
