@@ -329,11 +329,19 @@ def _argument(node: fx.Node, index: int | str) -> Any:
     return node.args[index] if isinstance(index, int) and index < len(node.args) else None
 
 
+def _source(node: fx.Node) -> fx.Node:
+    """The value that a node shows in another format or shape."""
+    while True:
+        found = resolve(Ref(node), lambda inner, path: Ref(inner, path)) or Ref(node)
+        cast = found.node.target in ("to", scale_gradient)
+        if not cast:
+            return found.node
+        node = found.node.all_input_nodes[0]
+
+
 def _role(node: fx.Node, component: Component) -> str:
     """What a node's work is for: the role of the parameter it uses, else its component's."""
-    for source in node.all_input_nodes:
-        while source.target in ("to", scale_gradient):
-            source = source.all_input_nodes[0]
+    for source in map(_source, node.all_input_nodes):
         weight = component.weights.get(str(source.target)) if source.op == "get_attr" else None
         if weight is not None:
             tied = weight.role == "embedding" and node.target is F.linear

@@ -79,10 +79,21 @@ def of_plan(plan: Plan) -> Picture:
     made.boxes += [Box(ids[id(c)], _class(c), "call") for c in below]
     for component in reversed(plan.components):
         if component is not root:
+            names: dict[int, list[str]] = {}
             for name, child in component.children.items():
-                arrow = Arrow(ids[id(component)], ids[id(child)], name, dashed=True)
+                names.setdefault(id(child), []).append(name)
+            for key, own in names.items():
+                arrow = Arrow(ids[id(component)], ids[key], _places(own), dashed=True)
                 made.arrows.append(arrow)
     return made
+
+
+def _places(names: list[str]) -> str:
+    """Names of children that are alike: `moe`, or `layers 0-5`."""
+    numbers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
+    if len(numbers) < len(names):
+        return ", ".join(names)
+    return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
 class _Stack:
