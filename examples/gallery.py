@@ -69,8 +69,11 @@ def _specified(system: System) -> Iterator[str]:
     first = planned(name)
     yield f"*{_from(first)}*"
     yield "## The spec"
-    yield f"[`specs/{name}.yaml`](../../../specs/{name}.yaml)"
-    yield f"```yaml\n{(SPECS / f'{name}.yaml').read_text('utf-8').strip()}\n```"
+    for index, file in enumerate(moegen.load(SPECS / f"{name}.yaml").files):
+        place = Path(file).name
+        before = "which extends " if index else ""
+        yield f"{before}[`specs/{place}`](../../../specs/{place})"
+        yield f"```yaml\n{(SPECS / place).read_text('utf-8').strip()}\n```"
     yield f"```console\nmoegen build specs/{name}.yaml\n```"
     yield "## The model"
     yield f"```mermaid\n{FORMATS['mermaid'](of_plan(first)).strip()}\n```"

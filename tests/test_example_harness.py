@@ -236,7 +236,7 @@ def test_an_example_prints_tables_and_leaves_a_record(tmp_path: Path) -> None:
     assert data["runs"][0]["held_out"] == [[0, {"AUC": 0.1}], [2, {"AUC": 0.5, "nats": None}]]
     assert data["runs"][0]["loads"][0]["shares"] == [[0.75, 0.25], [0.25, 0.75]]
     assert data["claims"][0]["holds"] is False
-    assert ' [0.75, 0.25],\n' in (tmp_path / "results.json").read_text()
+    assert " [0.75, 0.25],\n" in (tmp_path / "results.json").read_text()
 
 
 def test_quick_runs_have_one_seed_and_a_folder_of_their_own(
