@@ -222,7 +222,7 @@ def test_statistics_of_a_load(case: Case) -> None:
     layer = gates(SWITCH, 4)
     layer.run(one_hot(tokens, 4))
     assert torch.equal(layer.routing.load, load)
-    found = layer.package.runtime.load_statistics(layer.routing.load.double())
+    found = layer.package.network.load_statistics(layer.routing.load.double())
     case.holds(**{name: found[name] for name in case.expected})
 
 

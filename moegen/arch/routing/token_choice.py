@@ -144,7 +144,7 @@ class TokenChoice(Selection):
 
         def restore(outputs: Any) -> Any:
             output = moe.router.gate.scales == "output"
-            return combine(outputs, order, weights if output else torch.ones_like(weights))
+            return combine(outputs, order, weights if output else weights.new_ones(weights.shape))
 
         return Routed(
             rows=rows,
