@@ -186,6 +186,7 @@ FUNCTIONS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
     "rows by index": lambda x, y, i, m: (x + y)[i[0]],
     "log_softmax": lambda x, y, i, m: (x + y).log_softmax(-1),
     "conv2d": lambda x, y, i, m: F.conv2d(x.unsqueeze(0), y[:, :2, :2].unsqueeze(0) * 2.0),
+    "new_ones": lambda x, y, i, m: (x + y) * (x + y).new_ones((3, 4, 8)),
     "cat": lambda x, y, i, m: torch.cat((x, y), -1),
     "stack": lambda x, y, i, m: torch.stack((x, y)),
     "chunk": lambda x, y, i, m: (x * y).chunk(2, -1)[0] * 2.0,

@@ -14,6 +14,8 @@ from moegen.graph.component import Component
 # `context.memory`.
 Inputs = frozenset[str]
 
+_FRESH = {"new_ones", "new_zeros"}  # take a format and a device from a tensor, and no values
+
 
 def floating_inputs(component: Component, program: str) -> Inputs:
     """Every input that is a tensor which could have a gradient; of records, none."""
@@ -47,6 +49,8 @@ def needed(
             out[node] = called(node, passed(component, node, out, inputs))
         elif node.target is getattr:
             out[node] = _may_flow(value) and _field(node, out, inputs)
+        elif node.target in _FRESH:
+            out[node] = False
         else:
             out[node] = _may_flow(value) and any(out[n] for n in node.all_input_nodes)
     return out
