@@ -7,6 +7,7 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.functions import Max
@@ -81,7 +82,8 @@ def _baked(
         ids = _symbolic(mode, sizes)
         with mode:
             inputs = loaded.spec.model.examples(*ids.shape)["forward"]({})
-        shapes.run(root, "forward", inputs)
+        with enable_python_dispatcher():  # else torch 2.11 asks in C++ for sizes as numbers
+            shapes.run(root, "forward", inputs)
     except Fault as fault:
         note = f"traced at {fault.traced_at}"
         raise PlanError(loaded.problem(fault.path, str(fault), note=note)) from fault
