@@ -122,7 +122,8 @@ def results(system: System) -> dict[str, Any] | None:
 
 def _from(plan: Plan) -> str:
     spec = plan.spec
-    return ", ".join(str(part) for part in (spec.source, spec.year) if part)
+    source, year = spec.source or "", str(spec.year or "")
+    return source if year in source else f"{source}, {year}".removeprefix(", ")
 
 
 # Numbers
